@@ -1,0 +1,255 @@
+"""Measure what a payload costs each server: CPU, time, memory. Every payload and every echo is checked.
+
+    pip install -r bench/requirements.txt
+    python bench/bench.py                      all of it, in less than five minutes, to bench/results.json
+    python bench/bench.py latency server.py    some works or servers only, by name; shown, not saved
+    python bench/bench.py --readme             write README.md's section and bench/plot.svg from results.json
+
+Servers are measured in turn, round by round, so that what else the machine does meets them alike. CPU is the
+main figure: unlike time, it is the server's own, over all its processes, whatever else runs.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from datetime import date
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import uvloop
+
+BENCH = Path(__file__).resolve().parent
+ROOT, RESULTS, PLOT = BENCH.parent, BENCH / "results.json", BENCH / "plot.svg"
+if not __package__:  # run as a script: then `bench` would be this file, not the folder
+    sys.path[0] = str(ROOT)
+
+from bench.load import START, Failed, Load, Server, SocketIO, Work  # noqa: E402
+from bench.report import digits, plot, table, with_section  # noqa: E402
+
+ROUNDS = 5
+FILES = 4096  # open at a time: a thousand connections, and some
+UVICORN = (sys.executable, "-m", "uvicorn", "--log-level", "warning")
+SERVERS = [
+    Server("server.py", (*UVICORN, "server:app", "--port")),
+    Server("server.py on uvloop", (*UVICORN, "server:app", "--port"), uvloop=True),
+    Server("multiproc_server.py", (sys.executable, "multiproc_server.py", "--workers", "2", "--port")),
+    Server("naive", (*UVICORN, "tests.naive.server:app", "--port")),
+    Server("naive multiproc", (sys.executable, "tests/naive/multiproc_server.py")),
+    Server("bare websockets", (sys.executable, "bench/bare_websockets.py")),
+]
+PEERS = [
+    Server(
+        "python-socketio",
+        (sys.executable, "bench/socketio_relay.py"),
+        connection=SocketIO,
+        package="python-socketio",
+    ),
+]
+# In this order, consumers only ever join a server, but for `large`: a naive one loses a payload to each that
+# has left. `large` is last, in a fresh server, because what it leaves behind would count as others' memory.
+WORKS = [
+    Work("one", "1 producer, 1 consumer", 15_000),
+    Work("latency", "one payload at a time", 4_000, ahead=1),
+    Work("four", "4 producers, 4 consumers", 15_000, 4, 4),
+    Work("hundred", "1 producer, 100 consumers", 15_000, consumers=100),
+    Work("parked", "1 producer, 1,000 consumers", 15_000, consumers=1000),
+    Work("large", "1 producer, 1 consumer, 10 kB", 10_000, size=10_000),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def launch(server: Server, port: int, log: IO[str]) -> subprocess.Popen[bytes]:
+    """Start it in a session of its own: so Ctrl+C reaches only us, and we can kill all that comes of it."""
+    env = dict(os.environ)
+    if not server.uvloop:
+        env["PYTHONPATH"] = str(BENCH / "without_uvloop")
+    command = [*server.command, str(port)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+@asynccontextmanager
+async def started(server: Server) -> AsyncIterator[Load]:
+    """A server that is ready. In the end it is killed: a naive one would wait for its clients."""
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as log:
+        process = launch(server, port, log)
+        try:
+            deadline = time.monotonic() + START
+            while not accepts(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise Failed(f"did not start: {(log.read().splitlines() or ['no output'])[-1]}")
+                await asyncio.sleep(0.02)
+            load = Load(server, port, process.pid)
+            await load.settle(0.2)
+            yield load
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def visit(server: Server, works: Iterable[Work], scale: float = 1) -> dict[str, dict[str, float] | str]:
+    """One round of a server: the figures of each work, or why it failed. Starts it as often as it must."""
+    figures: dict[str, dict[str, float] | str] = {}
+    todo = deque(works)
+    while todo:
+        consumers = 0
+        try:
+            async with started(server) as load:
+                while todo and todo[0].consumers >= consumers:
+                    consumers = todo[0].consumers
+                    figures[todo[0].name] = done = await load.run(todo[0], scale)
+                    say(f" {todo.popleft().name} {done['cpu_us']:.1f}")
+        except (Failed, psutil.Error) as failure:
+            say(f" {todo[0].name} FAILED ({failure})")
+            figures[todo.popleft().name] = str(failure)
+    return figures
+
+
+def say(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+async def measure(works: list[Work], servers: list[Server], rounds: int, scale: float) -> dict[str, Any]:
+    """All rounds, as results.json has them. What has failed once is not tried again."""
+    samples: dict[tuple[str, str], list[dict[str, float]]] = {}
+    failed: dict[tuple[str, str], str] = {}
+    began = time.monotonic()
+    for number in range(1, rounds + 1):
+        say(f"round {number} of {rounds}, after {time.monotonic() - began:.0f} s; µs of CPU per payload:\n")
+        for server in servers:
+            say(f"  {server.name:20}")
+            todo = [work for work in works if (work.name, server.name) not in failed]
+            for name, figures in (await visit(server, todo, scale)).items():
+                if isinstance(figures, str):
+                    failed[name, server.name] = figures
+                else:
+                    samples.setdefault((name, server.name), []).append(figures)
+            say("\n")
+    say(f"took {time.monotonic() - began:.0f} s\n")
+    results: dict[str, dict[str, Any]] = {}
+    for work in works:
+        rows: dict[str, Any] = {}
+        results[work.name] = rows
+        for server in servers:
+            key = work.name, server.name
+            rows[server.name] = {"failed": failed[key]} if key in failed else summary(samples[key])
+        add_ratios(rows)
+    packages = ["uvicorn", "fastapi", "websockets", "uvloop", "picows"]
+    packages += [server.package for server in servers if server.package]
+    return {
+        "date": str(date.today()),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "rounds": rounds,
+        "works": {work.name: {**vars(work), "payloads": work.count(scale)} for work in works},
+        "results": results,
+    }
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    columns = {figure: [values[figure] for values in rounds] for figure in rounds[0]}
+    return {
+        figure: {
+            "median": digits(statistics.median(values)),
+            "min": digits(min(values)),
+            "max": digits(max(values)),
+        }
+        for figure, values in columns.items()
+    }
+
+
+def add_ratios(rows: dict[str, Any]) -> None:
+    """Compare with server.py's figures, those that are not too small to be measured."""
+    for figure, reference in rows.get("server.py", {}).items():
+        for row in rows.values():
+            if figure in row and figure != "failed" and reference["median"]:
+                row[figure]["ratio"] = digits(row[figure]["median"] / reference["median"])
+
+
+def installed() -> set[str]:
+    return {distribution.name for distribution in distributions()}
+
+
+def cpu_model() -> str:
+    with suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure what a payload costs each server.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="works or servers, instead of all")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds ({ROUNDS})")
+    parser.add_argument("--scale", type=float, default=1, metavar="X", help="part of the payloads (1)")
+    parser.add_argument("--peers", action="store_true", help="other packages too; see requirements-peers.txt")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="where to save; a whole run: results.json")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: write README.md's section")
+    args = parser.parse_args()
+    if args.readme:
+        results = json.loads(RESULTS.read_text())
+        readme = ROOT / "README.md"
+        readme.write_text(with_section(readme.read_text(), results))
+        PLOT.write_text(plot(results))
+        return 0
+    known = SERVERS + PEERS * args.peers
+    names = [work.name for work in WORKS] + [server.name for server in known]
+    if unknown := set(args.names) - {*names}:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
+    missing = {server.package for server in known} - {"", *installed()}
+    if missing:
+        say(f"{', '.join(missing)} missing: pip install -r bench/requirements-peers.txt\n")
+        return 2
+    works = [work for work in WORKS if work.name in args.names] or WORKS
+    servers = [server for server in known if server.name in args.names] or known
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < FILES:  # many systems let a process have no more than 1024, or 256, unless it asks
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+    logging.getLogger("picows").setLevel(logging.ERROR)  # not: how full its buffers are
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            results = runner.run(measure(works, servers, args.rounds, args.scale))
+    except KeyboardInterrupt:
+        say("\nstopped\n")
+        return 130
+    print(table(results))
+    whole = not args.names and args.scale == 1 and args.rounds >= ROUNDS
+    if path := args.save or (RESULTS if whole else None):
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    return int(any("failed" in row for rows in results["results"].values() for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

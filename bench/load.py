@@ -1,0 +1,237 @@
+"""The load: producers that send ahead, consumers, and a record of what is missing."""
+
+import asyncio
+import gc
+import itertools
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+
+AHEAD = 500  # payloads in flight, fewer than a server queues: this measures relaying, not backpressure
+SECONDS = 0.8  # that a run may send; those of slow servers end here, short of their payloads
+START = 20  # seconds that a server has to accept connections, and to be idle after that
+STALL = 5  # seconds without an arrival or an echo, after which what is missing never comes
+LINGER = 0.1  # seconds in which a payload that comes twice would come again
+TICK = 0.01  # seconds of CPU, the operating system's unit: a run should take 30 and more
+
+
+class Failed(Exception):
+    """A server did not do the work; the message says what was wrong."""
+
+
+class Connection(WSListener):
+    """A producer's or a consumer's websocket."""
+
+    path = "/ws/{role}"
+
+    def __init__(self, load: "Load", role: str) -> None:
+        self.load, self.role = load, role
+        self.ready = asyncio.Event()
+        self.unechoed: deque[bytes] = deque()  # what a producer has sent and not got back
+        self.transport: WSTransport
+
+    async def connect(self) -> None:
+        url = f"ws://127.0.0.1:{self.load.port}" + self.path.format(role=self.role)
+        self.transport, _ = await ws_connect(lambda: self, url, websocket_handshake_timeout=STALL)
+        async with asyncio.timeout(STALL):
+            await self.ready.wait()
+
+    def send(self, payload: bytes) -> None:
+        self.transport.send(WSMsgType.TEXT, payload)
+
+    def heard(self, payload: bytes) -> None:
+        if self.role == "producer":
+            self.load.echoed(self, payload)
+        else:
+            if self.load.server.acks:
+                self.transport.send(WSMsgType.TEXT, b"ack")
+            self.load.arrived(payload)
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self.transport = transport
+        self.ready.set()
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        if frame.msg_type == WSMsgType.TEXT:
+            self.heard(frame.get_payload_as_bytes())
+        elif frame.msg_type == WSMsgType.CLOSE:
+            reason = (frame.get_close_message() or b"").decode()
+            self.load.fail(f"a {self.role} was closed: {frame.get_close_code()} {reason}")
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        self.load.fail(f"a {self.role} lost its connection")
+
+
+class SocketIO(Connection):
+    """The same in Socket.IO's frames: greeting, events, heartbeats. Its own client would be too slow."""
+
+    path = "/socket.io/?EIO=4&transport=websocket&role={role}"
+    event = b'42["payload",'
+
+    def send(self, payload: bytes) -> None:
+        super().send(self.event + payload + b"]")
+
+    def heard(self, payload: bytes) -> None:
+        if payload.startswith(self.event):
+            super().heard(payload[len(self.event) : -1])
+        elif payload.startswith(b"40"):
+            self.ready.set()
+        elif answer := {b"0": b"40", b"2": b"3"}.get(payload[:1]):
+            super().send(answer)
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self.transport = transport
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    command: Sequence[str]  # a port is appended
+    acks: bool = False  # whether a consumer has to acknowledge each payload
+    uvloop: bool = False
+    connection: type[Connection] = Connection
+    package: str = ""  # which a peer needs
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    title: str
+    payloads: int  # in a round, where they can be sent within SECONDS
+    producers: int = 1
+    consumers: int = 1
+    size: int = 85  # bytes of a payload
+    ahead: int = AHEAD
+
+    def count(self, scale: float) -> int:
+        return max(10, int(self.payloads * scale))
+
+
+class Load:
+    """The clients of one server: producers that send ahead, consumers, and a record of what is missing."""
+
+    def __init__(self, server: Server, port: int, pid: int) -> None:
+        self.server, self.port, self.pid = server, port, pid
+        self.connections: dict[str, list[Connection]] = {"producer": [], "consumer": []}
+        self.numbers = itertools.count(1_000_000)
+        self.failure = ""
+        self.begin(Work("", "", 0), [])
+
+    def begin(self, work: Work, payloads: list[bytes]) -> None:
+        self.work, self.payloads, self.missing = work, payloads, set(payloads)
+        self.sent = self.echoes = 0
+        self.began = time.perf_counter()
+        self.latencies: list[float] = []
+        self.turns = itertools.cycle(self.connections["producer"][: work.producers])
+        self.done = asyncio.get_running_loop().create_future()
+
+    def fail(self, reason: str) -> None:
+        self.failure = self.failure or reason
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def arrived(self, payload: bytes) -> None:
+        if payload not in self.missing:
+            return self.fail(f"came twice, or was never sent: {payload[:80]!r}")
+        self.missing.remove(payload)
+        if self.work.ahead == 1:
+            self.latencies.append(time.perf_counter() - self.sent_at)
+        self.advance()
+
+    def echoed(self, producer: Connection, payload: bytes) -> None:
+        if not producer.unechoed or producer.unechoed.popleft() != payload:
+            return self.fail(f"not the next echo: {payload[:80]!r}")
+        self.echoes += 1
+        self.advance()
+
+    def advance(self) -> None:
+        """Send more, half of what may be in flight at a time; or, where all is done, say so."""
+        if self.done.done():
+            return
+        if self.sent < len(self.payloads) and time.perf_counter() > self.began + SECONDS:
+            self.missing.difference_update(self.payloads[self.sent :])
+            del self.payloads[self.sent :]
+        finished = min(self.echoes, len(self.payloads) - len(self.missing))
+        if finished == len(self.payloads):
+            self.ended = time.perf_counter()
+            self.done.set_result(None)
+        elif self.sent - finished <= self.work.ahead // 2:
+            burst = self.payloads[self.sent : finished + self.work.ahead]
+            self.sent += len(burst)
+            self.sent_at = time.perf_counter()
+            for payload in burst:
+                producer = next(self.turns)
+                producer.unechoed.append(payload)
+                producer.send(payload)
+
+    async def connect(self, role: str, count: int) -> None:
+        """Connect more of them, up to `count`; one by one, so that a server's workers share them."""
+        connections = self.connections[role]
+        while len(connections) < count:
+            connection = self.server.connection(self, role)
+            try:
+                await connection.connect()
+            except (OSError, TimeoutError, WSError) as error:
+                raise Failed(f"a {role} cannot connect: {error!r}") from None
+            connections.append(connection)
+
+    def processes(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def cpu(self) -> float:
+        """Seconds of CPU that the server has used, over all its processes."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+
+    async def settle(self, seconds: float) -> None:
+        """Wait until the server is idle: its workers have started, its connections are made."""
+        used, deadline = -1.0, time.monotonic() + START
+        while (now := self.cpu()) > used + TICK and time.monotonic() < deadline:
+            used = now
+            await asyncio.sleep(seconds)
+
+    async def run(self, work: Work, scale: float = 1) -> dict[str, float]:
+        """Do the work and return its figures. Raises Failed."""
+        await self.connect("producer", work.producers)
+        await self.connect("consumer", work.consumers)
+        await self.settle(0.1)
+        payloads = [payload(next(self.numbers), work.size) for _ in range(work.count(scale))]
+        gc.collect()
+        cpu, own = self.cpu(), time.process_time()
+        self.begin(work, payloads)
+        self.advance()
+        progress = None
+        while not self.done.done() and progress != (progress := (self.echoes, len(self.missing))):
+            await asyncio.wait([self.done], timeout=STALL)
+        cpu, own = self.cpu() - cpu, time.process_time() - own
+        if not self.done.done():
+            unechoed = len(payloads) - self.echoes
+            self.fail(
+                f"of {len(payloads)} payloads {len(self.missing)} never arrived, {unechoed} had no echo"
+            )
+        await asyncio.sleep(LINGER)
+        if self.failure:
+            raise Failed(self.failure)
+        figures: dict[str, float] = {
+            "payloads": len(payloads),
+            "cpu_us": cpu / len(payloads) * 1e6,
+            "rate": len(payloads) / (self.ended - self.began),
+            "memory_mb": sum(process.memory_info().rss for process in self.processes()) / 1e6,
+            "load_busy": own / (self.ended - self.began),
+        }
+        if self.latencies:
+            figures["p50_us"], figures["p99_us"] = (
+                statistics.quantiles(self.latencies, n=100)[percent - 1] * 1e6 for percent in (50, 99)
+            )
+        return figures
+
+
+def payload(number: int, size: int) -> bytes:
+    """JSON that a server which parses and writes it again does not change."""
+    head = f'{{"timestamp":1700000000.123,"value":{number},"text":"'
+    return (head + "x" * (size - len(head) - 2) + '"}').encode()

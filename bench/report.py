@@ -1,0 +1,133 @@
+"""What results.json says, as a table for the terminal, as README.md's section, and as a plot."""
+
+import re
+import textwrap
+from html import escape
+from typing import Any
+
+
+def table(results: dict[str, Any]) -> str:
+    """For the terminal: medians, and lowest to highest round."""
+    lines = []
+    for name, rows in results["results"].items():
+        work = results["works"][name]
+        lines.append(
+            f"{name}: {work['title']}, up to {work['payloads']} payloads of {work['size']} bytes a round"
+        )
+        for server, row in rows.items():
+            if "failed" in row:
+                lines.append(f"  {server:20} FAILED: {row['failed']}")
+                continue
+            cpu, line = row["cpu_us"], f"  {server:20}"
+            line += f"{cpu['median']:6.3g} µs ({cpu['min']:g} to {cpu['max']:g})"
+            line += f" x{cpu['ratio']:g}" if "ratio" in cpu else ""
+            line = f"{line:60}{row['rate']['median']:8,.0f}/s{row['memory_mb']['median']:6.0f} MB"
+            if "p50_us" in row:
+                line += f"  p50 {row['p50_us']['median']:.0f} µs, p99 {row['p99_us']['median']:.0f} µs"
+            lines.append(f"{line}  load busy {row['load_busy']['max']:.0%}")
+    return "\n".join(lines)
+
+
+def digits(value: float) -> float:
+    """Three of them: more would be noise."""
+    return float(f"{value:.3g}")
+
+
+def grid(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [["", *heads], ["---", *["--:"] * len(heads)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def section(results: dict[str, Any]) -> str:
+    """README.md's, between its markers."""
+    works, rows, servers = results["works"], results["results"], list(results["results"]["one"])
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+
+    def cost(work: str, server: str) -> str:
+        if "failed" in (row := rows[work][server]):
+            return "failed"
+        cpu = row["cpu_us"]
+        return f"{cpu['median']:.0f} ({cpu['min']:.0f} to {cpu['max']:.0f}) x{cpu['ratio']:.2f}"
+
+    def figure(work: str, server: str, name: str) -> str:
+        row = rows[work][server]
+        return "failed" if "failed" in row else f"{row[name]['median']:,.0f}"
+
+    others = {
+        "payloads/s": ("one", "rate"),
+        "latency p50, µs": ("latency", "p50_us"),
+        "p99": ("latency", "p99_us"),
+        "MB, 1 consumer": ("one", "memory_mb"),
+        "100": ("hundred", "memory_mb"),
+        "1,000": ("parked", "memory_mb"),
+    }
+    busy = max(row["load_busy"]["median"] for row in rows["one"].values() if "failed" not in row)
+    paragraphs = [
+        "`pip install -r bench/requirements.txt && python bench/bench.py` measured this, in less than five "
+        f"minutes, on {results['date']}, on {results['cores']} cores of {results['cpu']} that the clients "
+        f"and the server shared, with {versions}. Every payload and every echo is checked: one that loses or "
+        f"doubles one has failed. The clients were busy for at most {busy:.0%} of the time.",
+        "![Server CPU per payload, and memory, for each server and work](bench/plot.svg)",
+        "**Server CPU in microseconds per payload**, over all the server's processes: the median of "
+        f"{results['rounds']} rounds (the lowest to the highest), and its ratio to `server.py`'s.",
+        grid(
+            [work["title"] for work in works.values()],
+            [[server, *(cost(work, server) for work in works)] for server in servers],
+        ),
+        f"Payloads are of {works['one']['size']} bytes where nothing else is said, and up to "
+        f"{works['one']['ahead']} of them in flight. Below, payloads per second are those of one producer "
+        "that sends ahead and one consumer; latency is from the producer's send to the consumer's receipt, "
+        "one payload at a time; memory is resident, summed over the processes.",
+        grid(
+            list(others),
+            [[server, *(figure(work, server, name) for work, name in others.values())] for server in servers],
+        ),
+    ]
+    return "\n" + "\n\n".join(p if p[0] == "|" else textwrap.fill(p, 115) for p in paragraphs) + "\n"
+
+
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #1f2328 } .title { font-weight: 600 } .value { fill: #59636e }
+.bar { fill: #8c959f } .own { fill: #0969da } .spread { stroke: #1f2328; stroke-width: 1.5 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #f0f6fc } .value { fill: #9198a1 } .bar { fill: #656c76 } .own { fill: #4493f8 }
+  .spread { stroke: #f0f6fc }
+}
+"""
+
+
+def plot(results: dict[str, Any]) -> str:
+    """bench/plot.svg: a panel for each work, a bar for each median, a line from the lowest to the highest."""
+    panels = [(f"µs CPU: {work['title']}", name, "cpu_us") for name, work in results["works"].items()]
+    panels += [(f"MB of memory: {results['works'][w]['title']}", w, "memory_mb") for w in ("one", "parked")]
+    height, shapes = 36 + 18 * len(results["results"]["one"]), []
+    for index, (title, work, figure) in enumerate(panels):
+        left, top = 10 + index % 2 * 430, 20 + index // 2 * height
+        shapes.append(f'<text class="title" x="{left}" y="{top}">{escape(title)}</text>')
+        rows = results["results"][work]
+        widest = max((row[figure]["max"] for row in rows.values() if figure in row), default=1)
+        for line, (server, row) in enumerate(rows.items()):
+            y = top + 18 * (line + 1)
+            shapes.append(f'<text x="{left}" y="{y}">{escape(server)}</text>')
+            start, end, value = left + 150, left + 150, "failed"
+            if figure in row:
+                low, middle, high = (row[figure][key] / widest * 200 for key in ("min", "median", "max"))
+                kind = "own" if server == "server.py" else "bar"
+                shapes.append(
+                    f'<rect class="{kind}" x="{start}" y="{y - 10}" width="{middle:.1f}" height="12"/>'
+                )
+                shapes.append(f'<path class="spread" d="M{start + low:.1f} {y - 4}H{start + high:.1f}"/>')
+                end, value = start + int(high), f"{row[figure]['median']:.0f}"
+            shapes.append(f'<text class="value" x="{end + 6}" y="{y}">{value}</text>')
+    size = f'viewBox="0 0 850 {(len(panels) + 1) // 2 * height}"'
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{STYLE}</style>", *shapes, "</svg>\n"]
+    )
+
+
+def with_section(readme: str, results: dict[str, Any]) -> str:
+    """README.md with its section brought up to date. Ends the program where it has no markers."""
+    parts = re.split(r"(<!-- /?bench -->)", readme)
+    if parts[1::2] != ["<!-- bench -->", "<!-- /bench -->"]:
+        raise SystemExit("README.md has no <!-- bench --> and <!-- /bench --> to write between")
+    return "".join([*parts[:2], section(results), *parts[3:]])

@@ -1,0 +1,307 @@
+"""The README's caveats as checks: server.py passes each, the naive server fails it.
+
+Each raises AssertionError with a message that names the caveat, so that a test can tell that a server failed
+for this reason and no other.
+"""
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from itertools import chain
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    SLOWNESS,
+    Consumer,
+    Server,
+    client,
+    consumer,
+    drain,
+    gone,
+    port,
+    produce,
+    receive,
+    reset,
+    until,
+    vanish,
+)
+
+MIB = 1024 * 1024
+
+# What is refused: name -> (frame, close code, what the reason says)
+REFUSED: dict[str, tuple[str | bytes, int, str]] = {
+    "not JSON": ("{nonsense", 1007, r"line 1 column \d+"),
+    "cut short": ('{"a": [1, 2', 1007, r"line 1 column \d+"),
+    "empty": ("", 1007, r"line 1 column \d+"),
+    "blank": (" \n", 1007, r"line 2 column \d+"),
+    "trailing junk": ("1 2", 1007, r"line 1 column \d+"),
+    "NaN": ("NaN", 1007, r"line 1 column \d+"),
+    "Infinity": ('{"a": Infinity}', 1007, r"line 1 column \d+"),
+    "-Infinity": ("[-Infinity]", 1007, r"line 1 column \d+"),
+    "too deep": ("[" * 100_000, 1007, r"line 1 column \d+"),
+    "binary": (b"1", 1003, "binary"),
+    "empty binary": (b"", 1003, "binary"),
+    "too large": (f'"{"x" * 2 * MIB}"', 1009, str(MIB)),
+    "a byte too large": (f'"{"x" * (MIB - 1)}"', 1009, str(MIB)),
+    "too large in UTF-8": (f'"{"é" * (MIB // 2)}"', 1009, str(MIB)),
+}
+
+
+async def check_verbatim(server: Server, payload: str) -> None:
+    """Receipt and payload are the text that was sent, not another spelling of the same value."""
+    async with client(server, PRODUCER) as producer, consumer(server) as taker:
+        await producer.send(payload)
+        assert await receive(producer) == payload, "the receipt was written anew"
+        assert await taker.payload() == payload, "the payload was written anew"
+
+
+async def leave_politely(websocket: ClientConnection) -> None:
+    await websocket.close()
+    assert websocket.close_code == 1000, "the close frame got no answer"
+
+
+async def speak_and_vanish(websocket: ClientConnection) -> None:
+    await websocket.send("hello")
+    await vanish(websocket)
+
+
+async def speak_and_leave(websocket: ClientConnection) -> None:
+    await websocket.send("hello")
+    await leave_politely(websocket)
+
+
+async def speak_and_reset(websocket: ClientConnection) -> None:
+    await websocket.send("hello")
+    await reset(websocket)
+
+
+Leaving = Callable[[ClientConnection], Awaitable[None]]
+WAYS_TO_LEAVE: list[Leaving] = [
+    leave_politely,
+    vanish,
+    reset,
+    speak_and_leave,
+    speak_and_vanish,
+    speak_and_reset,
+]
+
+
+async def visits(server: Server, count: int, ways: list[Leaving]) -> int:
+    """That many consumers connect, and all leave again, each in its way.
+
+    Returns once the server has noticed, or after a second; then with the number of those that it has not.
+    """
+    async with AsyncExitStack() as stack:
+        visitors = (client(server, CONSUMER, close_timeout=1 * SLOWNESS) for _ in range(count))
+        websockets = [await stack.enter_async_context(visitor) for visitor in visitors]
+        ports = {port(websocket) for websocket in websockets}
+        await asyncio.gather(*(ways[i % len(ways)](websocket) for i, websocket in enumerate(websockets)))
+    with suppress(AssertionError):
+        await gone(server, ports)
+    return len(ports & server.connections())
+
+
+async def check_departed_consumers_swallow_nothing(server: Server, ways: list[Leaving]) -> None:
+    """After 100 consumers came and left, 200 payloads arrive, once, in order."""
+    await visits(server, 100, ways)
+    payloads = [str(number) for number in range(200)]
+    await produce(server, payloads)
+    async with consumer(server) as taker:
+        received = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1 * SLOWNESS):
+                received = await taker.payloads(1)
+        assert received == payloads[:1], "swallowed: the first payload"
+        assert await taker.payloads(199) == payloads[1:]
+
+
+async def check_departures_are_noticed(server: Server, ways: list[Leaving]) -> None:
+    """A consumer that has left leaves no connection behind."""
+    still_there = await visits(server, 10, ways)
+    assert still_there == 0, f"{still_there} departed consumers still there"
+
+
+async def check_a_consumer_that_spoke_gets_its_pong(server: Server) -> None:
+    """A consumer's pings are answered after it said something."""
+    async with consumer(server) as talker:
+        for _ in range(3):  # the first ping may come with the message, before the server stops reading
+            await talker.websocket.send("hello")
+            pong = await talker.websocket.ping()
+            try:
+                async with asyncio.timeout(1 * SLOWNESS):
+                    await pong
+            except TimeoutError:
+                raise AssertionError("no pong for a consumer that spoke") from None
+
+
+async def check_a_consumer_that_spoke_lives(server: Server, seconds: float) -> None:
+    """A server that sends pings does not miss the pongs of a consumer that said something."""
+    async with client(server, CONSUMER) as talker:
+        await talker.send("hello")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await talker.wait_closed()
+        assert talker.close_code is None, f"closed with {talker.close_code}: {talker.close_reason}"
+
+
+async def check_refused(server: Server, name: str) -> None:
+    """A frame of REFUSED gets its close code, a reason and one line in the log; nothing else changes."""
+    frame, code, reason = REFUSED[name]
+    mark = len(server.log)
+    async with client(server, PRODUCER) as bystander, client(server, PRODUCER) as offender:
+        await offender.send('"before"')
+        assert await receive(offender) == '"before"'
+        await offender.send(frame)
+        with suppress(ConnectionClosed):
+            taken = await receive(offender)
+            raise AssertionError(f"taken: {taken:.20}")
+        log = server.log[mark:]
+        assert "Traceback" not in log, f"{name}: {log}"
+        assert offender.close_code == code
+        assert offender.close_reason
+        assert len(offender.close_reason.encode()) <= 123  # the most that a close frame holds
+        assert re.search(reason, offender.close_reason)
+        lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
+        assert len(lines) == 1
+        assert f"closed with {code}: {offender.close_reason}" in lines[0]
+        await bystander.send('"after"')
+        assert await receive(bystander) == '"after"'
+    assert await drain(server) == ['"before"', '"after"']
+
+
+async def flood(producer: ClientConnection, payloads: list[str]) -> tuple[int, float]:
+    """Send ahead until all are echoed or the server closes.
+
+    Returns how many were echoed, and how many seconds the server was silent before the end.
+    """
+
+    async def send() -> None:
+        with suppress(ConnectionClosed):
+            for payload in payloads:
+                await producer.send(payload)
+
+    sending = asyncio.create_task(send())
+    echoed, last = 0, time.monotonic()
+    try:
+        for payload in payloads:
+            assert await receive(producer) == payload
+            echoed, last = echoed + 1, time.monotonic()
+    except ConnectionClosed:
+        pass
+    finally:
+        sending.cancel()
+    return echoed, time.monotonic() - last
+
+
+async def check_memory_is_bounded(server: Server, count: int) -> None:
+    """With nobody consuming, a flood of 10 kB payloads fills the queue, not the memory; then comes 1013.
+
+    What was echoed by then is there to drain.
+    """
+    payloads = [f'"{number:09}{"x" * 10_000}"' for number in range(count)]
+    async with client(server, PRODUCER) as producer:
+        await producer.send('"warm up"')
+        assert await receive(producer) == '"warm up"'
+        before = most = server.rss()
+        flooding = asyncio.create_task(flood(producer, payloads))
+        while not flooding.done():
+            most = max(most, server.rss())
+            await asyncio.sleep(0.05)
+        echoed, silence = await flooding
+        grown = max(most, server.rss()) - before
+        assert grown < 60 * MIB, f"memory grew by {grown / MIB:.0f} MiB"
+        assert producer.close_code == 1013
+        assert producer.close_reason
+        assert "full" in producer.close_reason
+        assert 0.5 < silence < 2.5 * SLOWNESS, f"closed {silence:.1f} s after the queue was full"
+    assert await drain(server) == ['"warm up"', *payloads[:echoed]]
+
+
+async def check_fair(server: Server) -> None:
+    """Five consumers share 3,000 payloads, and none gets three times what another gets."""
+    payloads = [str(number) for number in range(3000)]
+    shares: list[list[str]] = [[] for _ in range(5)]
+
+    async def take(taker: Consumer, share: list[str]) -> None:
+        while True:
+            share.append(await taker.payload())
+
+    async with AsyncExitStack() as stack:
+        takers = [await stack.enter_async_context(consumer(server)) for _ in shares]
+        taking = [asyncio.create_task(take(*pair)) for pair in zip(takers, shares, strict=True)]
+        try:
+            await produce(server, payloads)
+            await until(lambda: sum(map(len, shares)) >= len(payloads), "all payloads to arrive")
+        finally:
+            for task in taking:
+                task.cancel()
+            await asyncio.gather(*taking, return_exceptions=True)
+    assert sorted(chain(*shares), key=int) == payloads
+    sizes = sorted(map(len, shares))
+    assert sizes[-1] < 3 * sizes[0], f"hogged: {sizes}"
+
+
+async def check_broadcast(server: Server) -> None:
+    """Every consumer gets every payload. (No server here passes: consumers compete.)"""
+    async with client(server, CONSUMER) as one, client(server, CONSUMER) as other:
+        waiting = {asyncio.create_task(receive(websocket)): websocket for websocket in (one, other)}
+        await produce(server, ["1"])
+        (first,), (second,) = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert await first == "1"
+        await waiting[first].close()
+        await produce(server, ["2"])
+        assert await second == "1", "no broadcast: one of two consumers never saw the first payload"
+
+
+async def check_foreign_page_is_refused(server: Server, path: str, origin: str) -> None:
+    """A page of another origin gets 403 instead of a websocket, and the log says why."""
+    refusal = None
+    try:
+        async with client(server, path, origin=origin):
+            pass
+    except InvalidStatus as error:
+        refusal = error.response
+    assert refusal is not None, f"a page from {origin} was let in"
+    assert refusal.status_code == 403
+    assert f"a page from {origin} may not connect" in server.log
+    assert "ERROR" not in server.log
+
+
+async def end(server: Server, number: signal.Signals, seconds: float) -> int:
+    """Send the signal. The server must end in time, quietly and wholly. Returns how many payloads it had."""
+    server.interrupt(number)
+    took = await asyncio.to_thread(server.ends_within, seconds)
+    assert took is not None, f"still running {seconds} s after {number.name}:\n{server.log}"
+    # multiprocessing has a helper, the resource tracker, that ends when it sees that all others have.
+    await until(lambda: not server.processes(), "the last of its processes to end", SLOWNESS)
+    assert "Traceback" not in server.log, f"ended with a traceback:\n{server.log}"
+    counts = re.findall(r"(\d+) payloads were still queued", server.log)
+    assert len(counts) == 1, server.log
+    return int(counts[0])
+
+
+async def check_ends(server: Server, number: signal.Signals, seconds: float, parked: int) -> None:
+    """It ends while that many consumers wait for a payload, some of which spoke. All are told with 1012."""
+    async with AsyncExitStack() as stack:
+        websockets = [await stack.enter_async_context(client(server, CONSUMER)) for _ in range(parked)]
+        if not server.acks:  # there a consumer has nothing to say but `ack`
+            for websocket in websockets[2::3]:
+                await websocket.send("hello")
+        websockets.append(await stack.enter_async_context(client(server, PRODUCER)))
+        assert await end(server, number, seconds) == 0
+        for websocket in websockets:
+            await websocket.wait_closed()
+            assert websocket.close_code == 1012
+
+
+def fails(saying: str) -> pytest.RaisesExc[AssertionError]:
+    """For `with`: a check fails, for this reason."""
+    return pytest.raises(AssertionError, match=saying)

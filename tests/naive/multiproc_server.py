@@ -1,0 +1,58 @@
+"""The demo with many workers as tutorials write it: a manager's queue behind asyncio.to_thread().
+
+Run `python tests/naive/multiproc_server.py PORT`.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import sys
+from multiprocessing.managers import BaseManager
+from queue import Queue
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, WebSocket
+
+app = FastAPI()
+
+
+class QueueManager(BaseManager):
+    pass
+
+
+def queue() -> Any:
+    QueueManager.register("queue")
+    manager = QueueManager(os.environ["QUEUE_ADDRESS"], b"secret")
+    manager.connect()
+    return manager.queue()  # type: ignore[attr-defined]
+
+
+if multiprocessing.parent_process():
+    shared = queue()
+
+
+@app.websocket("/ws/producer")
+async def producer(websocket: WebSocket) -> None:
+    await websocket.accept()
+    while True:
+        payload = await websocket.receive_json()
+        await asyncio.to_thread(shared.put, payload)
+        await websocket.send_json(payload)
+
+
+@app.websocket("/ws/consumer")
+async def consumer(websocket: WebSocket) -> None:
+    await websocket.accept()
+    while True:
+        payload = await asyncio.to_thread(shared.get)
+        await websocket.send_json(payload)
+
+
+if __name__ == "__main__":
+    payloads: Queue[Any] = Queue()
+    QueueManager.register("queue", lambda: payloads)
+    with QueueManager(authkey=b"secret") as manager:
+        os.environ["QUEUE_ADDRESS"] = str(manager.address)
+        sys.path.insert(0, os.getcwd())
+        uvicorn.run("tests.naive.multiproc_server:app", port=int(sys.argv[1]), workers=2)

@@ -1,0 +1,160 @@
+"""The benchmark notices a server that does not deliver, and the README shows what the benchmark saved."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench import bench, load, report
+from tests.harness import ROOT, SLOWNESS, wait_for
+
+PAYLOADS = 50
+WORK = load.Work("work", "work", PAYLOADS)
+# bench/bare_websockets.py, but for what it does to the payload that is the LIE_AT-th of those it receives.
+LIAR = """
+import asyncio, itertools, sys
+from websockets.asyncio.server import serve
+
+lie, lie_at = sys.argv[1], int(sys.argv[2])
+queue, numbers = asyncio.Queue(), itertools.count()
+
+async def handler(websocket):
+    if websocket.request.path != "/ws/producer":
+        while True:
+            await websocket.send(await queue.get())
+    held = []
+    async for payload in websocket:
+        lies = next(numbers) == lie_at and lie
+        for copy in {"drops": [], "doubles": [payload] * 2, "changes": [payload + " "]}.get(lies, [payload]):
+            await queue.put(copy)
+        if lies == "swaps echoes":
+            held.append(payload)
+        elif lies != "drops an echo":
+            for echo in [payload, *held, *[payload] * (lies == "doubles an echo")]:
+                await websocket.send(echo)
+            held.clear()
+        if lies == "hangs up":
+            break
+
+async def main():
+    async with serve(handler, "127.0.0.1", int(sys.argv[3])) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def run(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "bench/bench.py", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+async def measured(lie: str, at: int) -> dict[str, float] | str:
+    server = load.Server("liar", (sys.executable, "-c", LIAR, lie, str(at)))
+    return (await bench.visit(server, [WORK]))["work"]
+
+
+async def test_honest_relay() -> None:
+    """The relay that the lies below are told by has figures where it tells none."""
+    figures = await measured("", 0)
+    assert isinstance(figures, dict), figures
+    assert figures["rate"] > 0
+
+
+@pytest.mark.parametrize("at", [PAYLOADS // 2, PAYLOADS - 1], ids=["amid", "last"])
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ("drops", f"of {PAYLOADS} payloads 1 never arrived, 0 had no echo"),
+        ("doubles", "came twice, or was never sent"),
+        ("changes", "came twice, or was never sent"),
+        ("drops an echo", "not the next echo|0 never arrived, 1 had no echo"),
+        ("doubles an echo", "not the next echo"),
+        ("swaps echoes", "not the next echo|0 never arrived, 1 had no echo"),
+        ("hangs up", "a producer (was closed|lost its connection)"),
+    ],
+)
+async def test_failed_run(lie: str, reason: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that fails a single payload has failed, and has no figures."""
+    monkeypatch.setattr(load, "STALL", 0.5 * SLOWNESS)
+    figures = await measured(lie, at)
+    assert isinstance(figures, str), f"a relay that {lie} has figures: {figures}"
+    assert re.search(reason, figures), figures
+
+
+async def test_server_that_does_not_start() -> None:
+    """It is reported as failed, with the last line that it printed."""
+    server = load.Server("broken", (sys.executable, "-c", "raise SystemExit('no such luck')"))
+    assert await bench.visit(server, [WORK]) == {"work": "did not start: no such luck"}
+
+
+def test_run(tmp_path: Path) -> None:
+    """A part of a run, chosen by name, ends soon and saves its figures; ratios are to server.py."""
+    saved = tmp_path / "results.json"
+    names = ("one", "latency", "server.py", "bare websockets")
+    process = run(*names, "--rounds", "1", "--scale", "0.02", "--save", str(saved))
+    printed, progress = process.communicate(timeout=10 * SLOWNESS)
+    assert process.returncode == 0, progress
+    assert "bare websockets" in printed
+    assert "round 1 of 1" in progress
+    results = json.loads(saved.read_text())
+    assert list(results["results"]) == ["one", "latency"]
+    for rows in results["results"].values():
+        assert list(rows) == ["server.py", "bare websockets"]
+        assert rows["server.py"]["rate"]["ratio"] == 1
+        assert rows["bare websockets"]["rate"]["median"] > 0
+    assert results["results"]["latency"]["server.py"]["p99_us"]["median"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop(number: signal.Signals) -> None:
+    """Ctrl+C stops it, and the server that it measures; so does a SIGTERM."""
+    process = run("one", "multiproc_server.py")
+    family: list[psutil.Process] = []
+
+    def serving() -> bool:
+        family[:] = psutil.Process(process.pid).children(recursive=True)
+        return len(family) > 3
+
+    try:
+        wait_for(serving, "the server's processes")
+        process.send_signal(number)
+        _, progress = process.communicate(timeout=5 * SLOWNESS)
+        assert process.returncode == 130
+        assert progress.endswith("\nstopped\n"), progress
+        wait_for(lambda: not any(map(alive, family)), "the server to end", SLOWNESS)
+    finally:
+        process.kill()
+
+
+def test_unknown_name() -> None:
+    """A name that is neither a work nor a server is an error that says which there are."""
+    _, printed = run("fast").communicate(timeout=5 * SLOWNESS)
+    assert "unknown: fast; there are one, latency" in printed
+
+
+def test_readme() -> None:
+    """The README's figures and its plot are those of the saved results: `python bench/bench.py --readme`."""
+    results = json.loads(bench.RESULTS.read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert readme == report.with_section(readme, results)
+    assert bench.PLOT.read_text() == report.plot(results)
+
+
+def test_readme_shows_failures() -> None:
+    """Nor is one that failed left out."""
+    results = json.loads(bench.RESULTS.read_text())
+    before = report.plot(results).count(">failed<")
+    results["results"]["one"]["naive"] = {"failed": "of 50 payloads 1 never arrived"}
+    assert "| naive | failed |" in report.section(results)
+    assert report.plot(results).count(">failed<") == before + 2, "in the panels for CPU and memory"
+    assert "FAILED: of 50 payloads 1 never arrived" in report.table(results)

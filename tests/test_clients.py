@@ -1,0 +1,580 @@
+"""The two client scripts, run as processes: against a real server, and against one that misbehaves on cue."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from tests import harness
+from tests.harness import CONSUMER, PRODUCER, ROOT, SERVERS, TIMEOUT, Server, free_port, running, until
+
+SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
+MIB = 1024 * 1024
+ENV = {
+    **os.environ,
+    "NO_PROXY": "127.0.0.1",
+    "PYTHONUTF8": "1",
+    "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.1",
+    "WEBSOCKETS_BACKOFF_MIN_DELAY": "0.1",
+    "WEBSOCKETS_BACKOFF_MAX_DELAY": "0.2",
+}
+
+
+class Script:
+    """A client script that runs, and what it has printed so far."""
+
+    def __init__(
+        self, url: str, *options: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False
+    ) -> None:
+        """The script for the path in the URL. Its output goes to a file or, `piped`, to process.stdout."""
+        path = CONSUMER if CONSUMER in url else PRODUCER
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPTS[path], "--url", url, *options],
+            cwd=ROOT,
+            env=ENV,
+            stdin=stdin,
+            stdout=subprocess.PIPE if piped else self._out,
+            stderr=self._err,
+        )
+
+    @property
+    def out(self) -> str:
+        return os.pread(self._out.fileno(), 2**30, 0).decode()
+
+    @property
+    def err(self) -> str:
+        return os.pread(self._err.fileno(), 2**30, 0).decode()
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.split("\n")[:-1]
+
+    def write(self, text: str) -> None:
+        """Type into its standard input."""
+        assert self.process.stdin
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    async def prints(self, count: int) -> list[str]:
+        """What it has printed, as soon as that is `count` lines."""
+        await until(lambda: self.out.count("\n") >= count, f"{count} lines; stderr:\n{self.err}")
+        return self.lines
+
+    async def says(self, text: str) -> None:
+        """Wait until it says that on standard error."""
+        await until(lambda: text in self.err, text)
+
+    async def ends(self, timeout: float = TIMEOUT) -> int:  # noqa: ASYNC109
+        """Its exit code."""
+        await until(lambda: self.process.poll() is not None, f"the end; stderr:\n{self.err}", timeout)
+        return self.process.returncode
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self._out, self._err):
+            if file:
+                with suppress(BrokenPipeError):
+                    file.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Script]]:
+    """Starts scripts, which end with the test."""
+    with ExitStack() as stack:
+
+        def start(*args: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False) -> Script:
+            script = Script(*args, stdin=stdin, piped=piped)
+            stack.callback(script.close)
+            return script
+
+        yield start
+
+
+Start = Callable[..., Script]
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Server]:
+    with running(SERVERS["server.py"]) as server:
+        yield server
+
+
+@pytest.fixture
+async def relay(started: Server) -> AsyncIterator[Server]:
+    """A real server, whose queue is empty. It must come through the test without a traceback."""
+    mark = len(started.log)
+    yield started
+    await harness.drain(started)
+    assert "Traceback" not in started.log[mark:], started.log[mark:]
+
+
+def file(tmp_path: Path, content: bytes) -> IO[bytes]:
+    path = tmp_path / "input"
+    path.write_bytes(content)
+    return path.open("rb")
+
+
+@asynccontextmanager
+async def fake(handler: Callable[[ServerConnection], Awaitable[None]]) -> AsyncIterator[str]:
+    """A server that does to every connection what the handler says. Yields its address, without a path."""
+    # Without max_queue, it would read no pong and no close frame behind payloads that the handler leaves.
+    async with serve(handler, "127.0.0.1", 0, close_timeout=0.1, max_queue=None) as server:
+        yield f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+
+
+async def echo(websocket: ServerConnection) -> None:
+    async for payload in websocket:
+        await websocket.send(payload)
+
+
+# The producer
+
+
+async def test_default_producer(relay: Server, start: Start) -> None:
+    """Without options it makes a payload a second, and prints each and its receipt."""
+    producer = start(relay.url(PRODUCER))
+    lines = (await producer.prints(4))[:4]
+    sent = [line.removeprefix("sent    ") for line in lines[::2]]
+    assert lines[1::2] == [f"receipt {payload}" for payload in sent]
+    first, second = map(json.loads, sent)
+    assert (first["value"], second["value"]) == (1, 2)
+    assert 0.9 < second["timestamp"] - first["timestamp"] < TIMEOUT
+    producer.process.send_signal(signal.SIGINT)
+    assert await producer.ends() == 130
+    assert producer.err == ""
+    assert (await harness.drain(relay))[:2] == sent
+
+
+async def test_count_and_interval(relay: Server, start: Start) -> None:
+    """--count ends it after so many payloads, --interval is the time between two of them."""
+    producer = start(relay.url(PRODUCER), "--count", "3", "--interval", "0.1")
+    consumer = start(relay.url(CONSUMER), "--count", "3")
+    assert await producer.ends() == 0
+    assert await consumer.ends() == 0
+    payloads = [json.loads(line) for line in consumer.lines]
+    assert [payload["value"] for payload in payloads] == [1, 2, 3]
+    assert payloads[2]["timestamp"] - payloads[0]["timestamp"] >= 0.19
+    assert len(producer.lines) == 6
+    assert producer.err + consumer.err == ""
+
+
+async def test_lines_of_standard_input(relay: Server, start: Start) -> None:
+    """What is piped into the producer comes out of the consumer, to the byte; blank lines do not count."""
+    largest = json.dumps("x" * (MIB - 2))
+    text = '{"a": 1}\r\n\n  \n\t\r\n {"b":  2.50} \n"é\\u00e9"\n' + largest + '\r\n["last"]'
+    producer = start(relay.url(PRODUCER), "-", stdin=subprocess.PIPE)
+    consumer = start(relay.url(CONSUMER), "--count", "5")
+    await asyncio.to_thread(producer.write, text)
+    assert (await consumer.prints(4))[:3] == ['{"a": 1}', ' {"b":  2.50} ', '"é\\u00e9"']
+    assert producer.process.stdin
+    producer.process.stdin.close()
+    assert await producer.ends() == 0
+    assert await consumer.ends() == 0
+    assert consumer.lines[3:] == [largest, '["last"]']
+    assert producer.out + producer.err + consumer.err == ""
+
+
+async def test_many_lines(relay: Server, start: Start, tmp_path: Path) -> None:
+    """50,000 lines arrive in order, and the producer's memory does not grow with them."""
+    lines = [json.dumps({"value": value, "padding": "x" * 500}) for value in range(50_000)]
+    with file(tmp_path, "\n".join(lines).encode()) as stdin:
+        producer = start(relay.url(PRODUCER), "-", stdin=stdin)
+        process = psutil.Process(producer.process.pid)
+        consumer = start(relay.url(CONSUMER), "--count", str(len(lines)))
+        await consumer.prints(1)
+        grown, before = 0, process.memory_info().rss
+        while producer.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                grown = max(grown, process.memory_info().rss - before)
+            await asyncio.sleep(0.01)
+    assert await consumer.ends() == 0
+    assert consumer.lines == lines
+    assert grown < 10 * MIB  # of 25 MiB of input
+    assert producer.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        pytest.param(b"{nonsense", "not JSON", id="not JSON"),
+        pytest.param(b'"\xff"', "'utf-8' codec can't decode byte 0xff", id="not UTF-8"),
+        pytest.param(b'"' + b"x" * (MIB - 1) + b'"', f"at most {MIB} bytes", id="too large"),
+        pytest.param(b'"' + b"x" * 20 * MIB + b'"', f"at most {MIB} bytes", id="far too large"),
+    ],
+)
+async def test_bad_line(relay: Server, start: Start, tmp_path: Path, line: bytes, reason: str) -> None:
+    """A bad line is reported with its number, and ends the producer once all before it have arrived."""
+    good = [str(number) for number in range(300)]
+    content = "\n".join([*good[:200], "", *good[200:]]).encode() + b"\n" + line + b"\n3\n"
+    with file(tmp_path, content) as stdin:
+        producer = start(relay.url(PRODUCER), "-", stdin=stdin)
+        assert await producer.ends() == 1
+    assert producer.err.startswith("line 302")
+    assert reason in producer.err
+    assert producer.err.count("\n") == 1
+    assert await harness.drain(relay) == good
+
+
+async def test_bad_line_after_reconnecting(start: Start) -> None:
+    """A bad line is reported also where the connection is lost before the receipts of those before it."""
+    received: list[list[str | bytes]] = []
+
+    async def forgetful(websocket: ServerConnection) -> None:
+        received.append([await websocket.recv(), await websocket.recv()])
+        if len(received) == 2:
+            for payload in received[1]:
+                await websocket.send(payload)
+            await websocket.wait_closed()
+
+    async with fake(forgetful) as url:
+        producer = start(url, "-", stdin=subprocess.PIPE)
+        await asyncio.to_thread(producer.write, "1\n2\n")
+        assert producer.process.stdin
+        producer.process.stdin.write(b"\xff\n3\n")
+        producer.process.stdin.close()
+        assert await producer.ends() == 1
+    assert received == [["1", "2"]] * 2
+    assert producer.err.endswith(
+        "line 3: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte\n"
+    )
+
+
+async def test_empty_standard_input(relay: Server, start: Start, tmp_path: Path) -> None:
+    """Where there is nothing to send, it is done at once: /dev/null, an empty file or pipe, blank lines."""
+    with file(tmp_path, b"") as empty:
+        nothing = [
+            start(relay.url(PRODUCER), "-"),
+            start(relay.url(PRODUCER), "-", stdin=empty),
+            start(relay.url(PRODUCER), "-", stdin=subprocess.PIPE),
+        ]
+    nothing[2].write("\n \n")
+    assert nothing[2].process.stdin
+    nothing[2].process.stdin.close()
+    for producer in nothing:
+        assert await producer.ends() == 0
+        assert producer.out + producer.err == ""
+
+
+async def test_nothing_echoed_is_sent_again(start: Start, tmp_path: Path) -> None:
+    """After a lost connection come exactly the payloads without a receipt, in order, however it was lost."""
+    lines = [str(number) for number in range(2000)]
+    received: list[list[str | bytes]] = []
+    plan = [(3, False), (700, True)]  # how many to echo, and whether to say goodbye
+    expected: list[str] = list(lines)
+
+    async def dropping(websocket: ServerConnection) -> None:
+        frames: list[str | bytes] = []
+        received.append(frames)
+        echoes, polite = plan.pop(0) if plan else (len(expected), True)
+        with suppress(ConnectionClosed):
+            while len(frames) < max(echoes, 1):
+                frames.append(await websocket.recv())
+                if len(frames) <= echoes:
+                    await websocket.send(frames[-1])
+            if not expected[echoes:]:
+                await websocket.wait_closed()
+            elif polite:
+                await websocket.close(1012)
+            else:
+                await (await websocket.ping())  # the pong tells that the echoes have arrived
+                websocket.transport.abort()
+        assert frames == expected[: len(frames)]
+        del expected[:echoes]
+
+    async with fake(dropping) as url:
+        with file(tmp_path, "\n".join(lines).encode()) as stdin:
+            producer = start(url, "-", stdin=stdin)
+            assert await producer.ends() == 0
+    assert [len(frames) for frames in received] == [3, 700, 1297]
+    assert expected == []
+    assert producer.err.count("connecting again\n") == producer.err.count("\n") == 2
+
+
+async def test_full_queue(relay: Server, start: Start, tmp_path: Path) -> None:
+    """1013 means wait: what did not fit goes again until there is a consumer, and arrives once."""
+    lines = [str(number) for number in range(3000)]
+    with file(tmp_path, "\n".join(lines).encode()) as stdin:
+        producer = start(relay.url(PRODUCER), "-", stdin=stdin)
+        await producer.says("closed with 1013: the queue is full: try again later; connecting again\n")
+    consumer = start(relay.url(CONSUMER), "--count", "3000")
+    assert await producer.ends() == 0
+    assert await consumer.ends() == 0
+    assert consumer.lines == lines
+
+
+async def test_producer_with_closed_output(start: Start) -> None:
+    """`| head -1` ends the producer, quietly."""
+    async with fake(echo) as url:
+        producer = start(url, "--interval", "0.01", piped=True)
+        assert producer.process.stdout
+        assert b"sent" in await asyncio.to_thread(producer.process.stdout.readline)
+        producer.process.stdout.close()
+        assert await producer.ends() == 0
+    assert producer.err == ""
+
+
+# The consumer
+
+
+async def test_a_payload_is_a_line(relay: Server, start: Start) -> None:
+    """A payload with line breaks between its parts is printed as one line, and is the same value."""
+    await harness.produce(relay, ['{\n"a":\r\n[1]}', '"\\n\u2028"'])
+    consumer = start(relay.url(CONSUMER), "--count", "2")
+    assert await consumer.ends() == 0
+    assert consumer.out == '{ "a":  [1]}\n"\\n\u2028"\n'
+    assert consumer.err == ""
+
+
+async def test_count_with_a_backlog(relay: Server, start: Start) -> None:
+    """--count ends the consumer at once, however much there is to come."""
+    await harness.produce(relay, [json.dumps("x" * 10_000)] * 900)
+    consumer = start(relay.url(CONSUMER), "--count", "3")
+    assert await consumer.ends() == 0
+    assert consumer.lines == [json.dumps("x" * 10_000)] * 3
+    assert consumer.err == ""
+
+
+async def test_consumer_with_closed_output(relay: Server, start: Start) -> None:
+    """`| head -1` ends the consumer at the next payload, quietly."""
+    consumer = start(relay.url(CONSUMER), piped=True)
+    await harness.produce(relay, ["1"])
+    assert consumer.process.stdout
+    assert await asyncio.to_thread(consumer.process.stdout.readline) == b"1\n"
+    consumer.process.stdout.close()
+    await harness.produce(relay, ["2"])
+    assert await consumer.ends() == 0
+    assert consumer.err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "answers"), [([], []), (["--ack"], ["ack"] * 3)], ids=["silent", "--ack"]
+)
+async def test_acknowledgements(start: Start, options: list[str], answers: list[str]) -> None:
+    """--ack answers each payload with "ack", and without it the consumer says nothing."""
+    received: list[str | bytes] = []
+
+    async def sending(websocket: ServerConnection) -> None:
+        for payload in "123":
+            await websocket.send(payload)
+        received.extend([frame async for frame in websocket])
+
+    async with fake(sending) as url:
+        consumer = start(url + CONSUMER, "--count", "3", *options)
+        assert await consumer.ends() == 0
+        await until(lambda: received == answers, f"{answers}, not {received}")
+    assert consumer.lines == ["1", "2", "3"]
+
+
+# Both
+
+
+async def test_restart(start: Start) -> None:
+    """Over a server restart 120 payloads sent are 120 payloads printed, and both clients say one line."""
+    lines = [json.dumps({"value": value}) for value in range(120)]
+    command, port = SERVERS["server.py"], free_port()
+    with running(command, port) as server:
+        producer = start(server.url(PRODUCER), "-", stdin=subprocess.PIPE)
+        consumer = start(server.url(CONSUMER), "--count", "120")
+        producer.write("\n".join(lines[:60]) + "\n")
+        await consumer.prints(60)
+        server.interrupt()
+        assert server.ends_within(TIMEOUT) is not None
+        assert "0 payloads were still queued" in server.log
+    producer.write("\n".join(lines[60:]) + "\n")
+    await producer.says("connecting again")
+    await consumer.says("connecting again")
+    with running(command, port):
+        assert producer.process.stdin
+        producer.process.stdin.close()
+        assert await producer.ends() == 0
+        assert await consumer.ends() == 0
+    assert consumer.lines == lines
+    for script in (producer, consumer):
+        assert script.err == "closed with 1012: the server went away; connecting again\n"
+
+
+async def test_try_again_later(start: Start) -> None:
+    """1013 at first is no reason to give up, and no receipt."""
+    refused = set()
+
+    async def busy(websocket: ServerConnection) -> None:
+        assert websocket.request
+        path = websocket.request.path
+        if path not in refused:
+            refused.add(path)
+            await websocket.close(1013, "try again later")
+        elif path == CONSUMER:
+            await websocket.send("1")
+            await websocket.wait_closed()
+        else:
+            await echo(websocket)
+
+    async with fake(busy) as url:
+        scripts = [start(url + path, "--count", "1") for path in SCRIPTS]
+        for script in scripts:
+            assert await script.ends() == 0
+            assert script.err == "closed with 1013: try again later; connecting again\n"
+    assert len(scripts[0].lines) == 2
+    assert scripts[1].lines == ["1"]
+
+
+async def test_policy_violation(start: Start) -> None:
+    """1008 ends either client, with the server's reason."""
+
+    async def strict(websocket: ServerConnection) -> None:
+        await websocket.close(1008, "you may not")
+
+    async with fake(strict) as url:
+        for script in [start(url + path) for path in SCRIPTS]:
+            assert await script.ends() == 1
+            assert script.err.endswith("closed with 1008: you may not\n")
+            assert script.err.count("\n") == 1
+
+
+async def test_http_error_after_a_restart(start: Start) -> None:
+    """A server that comes back and is unavailable is waited for; one that comes back and forbids ends it."""
+    answers = [None, HTTPStatus.BAD_GATEWAY, HTTPStatus.BAD_GATEWAY, HTTPStatus.FORBIDDEN]
+
+    async def leaving(websocket: ServerConnection) -> None:
+        websocket.transport.abort()
+
+    def answer(connection: ServerConnection, request: object) -> object:
+        status = answers.pop(0)
+        return status and connection.respond(status, "no\n")
+
+    async with serve(leaving, "127.0.0.1", 0, process_request=answer) as server:  # type: ignore[arg-type]
+        port = next(iter(server.sockets)).getsockname()[1]
+        consumer = start(f"ws://127.0.0.1:{port}{CONSUMER}")
+        assert await consumer.ends() == 1
+    assert answers == []
+    first, second = consumer.err.splitlines()
+    assert first == "closed with 1006: the server went away; connecting again"
+    assert second.endswith("HTTP 403")
+
+
+def no_server() -> str:
+    return f"ws://127.0.0.1:{free_port()}"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        pytest.param("http://127.0.0.1", "isn't a valid URI", id="scheme"),
+        pytest.param("ws://127.0.0.1:99999", "Port out of range", id="port"),
+        pytest.param(no_server(), "Connect call failed", id="refused"),
+    ],
+)
+async def test_no_connection(start: Start, url: str, reason: str) -> None:
+    """An address with no server is one clear line."""
+    await check_no_connection(start, url, reason)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_http_error(start: Start, status: int) -> None:
+    """A server that answers with an HTTP error is one clear line."""
+
+    def answer(connection: ServerConnection, request: object) -> object:
+        return connection.respond(HTTPStatus(status), "no\n")
+
+    async with serve(echo, "127.0.0.1", 0, process_request=answer) as server:  # type: ignore[arg-type]
+        port = next(iter(server.sockets)).getsockname()[1]
+        await check_no_connection(start, f"ws://127.0.0.1:{port}", f"HTTP {status}")
+
+
+async def check_no_connection(start: Start, url: str, reason: str) -> None:
+    for script in [start(url + path) for path in SCRIPTS]:
+        assert await script.ends() == 1
+        assert script.err.startswith(url)
+        assert reason in script.err
+        assert script.err.count("\n") == 1
+        assert script.out == ""
+
+
+# Ctrl+C
+
+
+@pytest.fixture
+def endless() -> Iterator[IO[bytes]]:
+    """A pipe with lines as fast as they are read."""
+    with subprocess.Popen(["yes", "1"], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        yield process.stdout
+        process.kill()
+
+
+async def check_interrupt(*scripts: Script) -> None:
+    """Ctrl+C ends them soon and without a word."""
+    said = [script.err for script in scripts]
+    for script in scripts:
+        script.process.send_signal(signal.SIGINT)
+    for script, before in zip(scripts, said, strict=True):
+        assert await script.ends(TIMEOUT / 2) == 130
+        assert script.err == before
+
+
+async def test_interrupt_while_idle(start: Start) -> None:
+    """Ctrl+C ends clients that wait for payloads: one for the server's, the other for an open pipe's."""
+    connected = []
+
+    async def waiting(websocket: ServerConnection) -> None:
+        connected.append(websocket)
+        await websocket.wait_closed()
+
+    async with fake(waiting) as url:
+        scripts = start(url + PRODUCER, "-", stdin=subprocess.PIPE), start(url + CONSUMER)
+        await until(lambda: len(connected) == 2, "both connections")
+        await check_interrupt(*scripts)
+        assert [websocket.close_code for websocket in connected] == [1000, 1000]
+
+
+async def test_interrupt_in_full_flow(relay: Server, start: Start, endless: IO[bytes]) -> None:
+    """Ctrl+C ends clients that are in the midst of a stream without an end."""
+    producer = start(relay.url(PRODUCER), "-", stdin=endless)
+    consumer = start(relay.url(CONSUMER))
+    await consumer.prints(1000)
+    await check_interrupt(producer, consumer)
+
+
+async def test_interrupt_with_a_hung_server(start: Start) -> None:
+    """Ctrl+C does not wait for a server that has stopped reading to say goodbye."""
+    connected = []
+
+    async def hung(websocket: ServerConnection) -> None:
+        websocket.transport.pause_reading()
+        connected.append(websocket)
+        await websocket.wait_closed()
+
+    async with fake(hung) as url:
+        scripts = [start(url + path) for path in SCRIPTS]
+        await until(lambda: len(connected) == 2, "both connections")
+        await check_interrupt(*scripts)
+        for websocket in connected:
+            websocket.transport.abort()
+
+
+async def test_interrupt_while_the_server_is_away(start: Start) -> None:
+    """Ctrl+C ends clients that wait for their server to come back."""
+
+    async def leaving(websocket: ServerConnection) -> None:
+        websocket.transport.abort()
+
+    async with fake(leaving) as url:
+        scripts = [start(url + path) for path in SCRIPTS]
+        for script in scripts:
+            await script.says("connecting again")
+    await check_interrupt(*scripts)

@@ -1,0 +1,648 @@
+"""What a client may rely on, whichever server is behind it. Every test runs once for each of SERVERS."""
+
+import asyncio
+import json
+import random
+import signal
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection as SyncConnection
+from websockets.sync.client import connect as sync_connect
+
+from tests.checks import (
+    REFUSED,
+    WAYS_TO_LEAVE,
+    Leaving,
+    check_a_consumer_that_spoke_gets_its_pong,
+    check_broadcast,
+    check_departed_consumers_swallow_nothing,
+    check_departures_are_noticed,
+    check_ends,
+    check_fair,
+    check_foreign_page_is_refused,
+    check_memory_is_bounded,
+    check_refused,
+    check_verbatim,
+    end,
+    fails,
+    flood,
+    speak_and_reset,
+    speak_and_vanish,
+    visits,
+)
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    TIMEOUT,
+    Consumer,
+    Server,
+    client,
+    consumer,
+    drain,
+    gone,
+    narrow,
+    port,
+    produce,
+    receive,
+    receive_all,
+    reset,
+    until,
+    vanish,
+)
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+PATHS = pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
+
+
+def numbered(count: int, size: int = 0, start: int = 0) -> list[str]:
+    """Payloads that say their place, padded to `size` bytes."""
+    return [json.dumps(str(number).ljust(size, "x")) for number in range(start, start + count)]
+
+
+async def settled(server: Server) -> int:
+    """Wait until the server can write no more to a consumer that has stopped reading. Returns what is queued.
+
+    Each look is an answer of the server's, so between two it had a turn in which to write.
+    """
+    looks = [server.queued()]
+
+    def unchanged() -> bool:
+        looks.append(server.queued())
+        return len(looks) > 10 and len(set(looks[-10:])) == 1
+
+    await until(unchanged, "the consumer's socket to be full")
+    return looks[-1]
+
+
+# Payloads
+
+
+def spelled(whitespace: st.SearchStrategy[str], value: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(whitespace, value, whitespace).map("".join)
+
+
+def json_texts() -> st.SearchStrategy[str]:
+    """JSON as nobody's serialiser would write it: every spelling that RFC 8259 allows.
+
+    Save for lone surrogates, nesting over 200 deep and integers over 4,300 digits, which the check refuses.
+    """
+    whitespace = st.text(" \t\n\r", max_size=3)
+    number = st.from_regex(r"-?(0|[1-9][0-9]{0,40})(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,4})?", fullmatch=True)
+    plain = st.characters(exclude_categories=["Cs"], exclude_characters='"\\').filter(lambda c: c >= " ")
+    escape = st.sampled_from(["\\" + c for c in '"\\/bfnrt'])
+    code = st.integers(0, 0xFFFF).filter(lambda n: not 0xD800 <= n < 0xE000)
+    hexadecimal = code.flatmap(lambda n: st.sampled_from([f"\\u{n:04x}", f"\\u{n:04X}"]))
+    pair = st.tuples(st.integers(0xD800, 0xDBFF), st.integers(0xDC00, 0xDFFF))
+    surrogates = pair.map(lambda p: "".join(f"\\u{n:04x}" for n in p))
+    characters = st.lists(st.one_of(plain, escape, hexadecimal, surrogates), max_size=10)
+    string = characters.map(lambda pieces: f'"{"".join(pieces)}"')
+    scalar = st.one_of(st.sampled_from(["true", "false", "null"]), number, string)
+
+    def containers(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        member = st.tuples(spelled(whitespace, string), inner).map(":".join)
+        array = st.one_of(whitespace, st.lists(inner, min_size=1, max_size=4).map(",".join))
+        table = st.one_of(whitespace, st.lists(member, min_size=1, max_size=4).map(",".join))
+        return spelled(whitespace, st.one_of(array.map("[{}]".format), table.map("{{{}}}".format)))
+
+    return spelled(whitespace, st.recursive(spelled(whitespace, scalar), containers, max_leaves=15))
+
+
+@pytest.fixture
+def pipe(server: Server) -> Iterator[tuple[SyncConnection, SyncConnection]]:
+    """A producer and a consumer. Without pings of their own, whose randomness upsets Hypothesis."""
+    with (
+        sync_connect(server.url(PRODUCER), proxy=None, ping_interval=None) as producer,
+        sync_connect(server.url(CONSUMER), proxy=None, ping_interval=None) as taker,
+    ):
+        yield producer, taker
+
+
+@given(payloads=st.lists(json_texts(), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+def test_payloads_come_out_byte_for_byte_as_they_went_in(
+    server: Server, pipe: tuple[SyncConnection, SyncConnection], payloads: list[str]
+) -> None:
+    """Any JSON, in any spelling, comes to the consumer, and back as the receipt, in order."""
+    producer, taker = pipe
+    for payload in payloads:
+        producer.send(payload)
+    for payload in payloads:
+        assert producer.recv(TIMEOUT) == payload
+    for payload in payloads:
+        assert taker.recv(TIMEOUT) == payload
+        if server.acks:
+            taker.send("ack")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        ' {"b" : 1.0e5,\t"a":"\\u00e9\\/", "a":-0 }\n',
+        "9" * 4300,
+        "[" * 200 + "]" * 200,
+        "1e999",
+        f'"{"x" * (1024 * 1024 - 2)}"',
+        f'"{"é" * (512 * 1024 - 1)}"',
+    ],
+    ids=["odd spelling", "big number", "deep", "huge number", "1 MiB", "1 MiB of UTF-8"],
+)
+async def test_a_payload_is_never_written_anew(server: Server, payload: str) -> None:
+    """What is unusual but allowed, up to the limits, comes out as it went in."""
+    await check_verbatim(server, payload)
+
+
+@pytest.mark.parametrize("compression", [None, "deflate"])
+async def test_a_payload_may_come_in_fragments_and_compressed(
+    server: Server, compression: str | None
+) -> None:
+    """How a client frames a payload is its own business."""
+    async with (
+        client(server, PRODUCER, compression=compression) as producer,
+        consumer(server, compression=compression) as taker,
+    ):
+        await producer.send(["[1, ", '"two', '", 3]'])
+        assert await receive(producer) == '[1, "two", 3]'
+        assert await taker.payload() == '[1, "two", 3]'
+
+
+async def test_receipts_come_in_order_to_a_producer_that_sends_ahead(server: Server) -> None:
+    """A producer need not wait for a receipt before it sends the next payload."""
+    payloads = numbered(900)
+    async with client(server, PRODUCER) as producer:
+        for payload in payloads:
+            await producer.send(payload)
+        assert [await receive(producer) for _ in payloads] == payloads
+    assert await drain(server) == payloads
+
+
+async def test_what_was_sent_before_closing_arrives(server: Server) -> None:
+    """A producer may send, close at once and read no receipt."""
+    payloads = numbered(500)
+    async with consumer(server) as taker:
+        async with client(server, PRODUCER) as producer:
+            for payload in payloads:
+                await producer.send(payload)
+        assert await taker.payloads(len(payloads)) == payloads
+
+
+# Consumers
+
+
+async def test_each_payload_goes_to_one_consumer(server: Server) -> None:
+    """Competing consumers: what they get is what was sent, split among them, each producer's in order."""
+    sent = [[json.dumps([name, number]) for number in range(400)] for name in ("a", "b")]
+    shares: list[list[str]] = [[] for _ in range(3)]
+
+    async def take(taker: Consumer, share: list[str]) -> None:
+        with suppress(ConnectionClosed):
+            while True:
+                share.append(await taker.payload())
+
+    async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+        for share in shares:
+            group.create_task(take(await stack.enter_async_context(consumer(server)), share))
+        await asyncio.gather(*(produce(server, payloads) for payloads in sent))
+        await until(lambda: sum(map(len, shares)) >= 800, "all payloads to arrive")
+    assert Counter(payload for share in shares for payload in share) == Counter(sent[0] + sent[1])
+    for share in shares:
+        for payloads in sent:
+            assert [p for p in share if p in payloads] == [p for p in payloads if p in share]
+
+
+async def test_consumers_compete(server: Server) -> None:
+    """It is no broadcast."""
+    with fails("no broadcast"):
+        await check_broadcast(server)
+
+
+async def test_first_in_first_out(server: Server) -> None:
+    """Payloads wait for a consumer in the order of their receipts."""
+    payloads = numbered(300)
+    for start in range(0, 300, 100):
+        await produce(server, payloads[start : start + 100])
+    assert await drain(server) == payloads
+
+
+async def test_five_consumers_share_a_backlog_fairly(server: Server) -> None:
+    """None gets three times what another gets."""
+    await check_fair(server)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [pytest.param([way], id=way.__name__) for way in WAYS_TO_LEAVE] + [pytest.param(WAYS_TO_LEAVE, id="all")],
+)
+async def test_departed_consumers_swallow_nothing(server: Server, ways: list[Leaving]) -> None:
+    """After 100 consumers came and left, 200 payloads arrive, once, in order."""
+    await check_departed_consumers_swallow_nothing(server, ways)
+
+
+async def test_departures_are_noticed_at_once(server: Server) -> None:
+    """However a consumer leaves, the server lets go of its connection."""
+    await check_departures_are_noticed(server, WAYS_TO_LEAVE)
+
+
+@asynccontextmanager
+async def stuck(server: Server, payloads: list[str]) -> AsyncIterator[tuple[ClientConnection, int]]:
+    """A consumer that does not read, its socket full, and how many of the payloads are queued."""
+    async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
+        await produce(server, payloads)
+        queued = await settled(server)
+        assert 0 < queued < len(payloads)
+        yield websocket, queued
+        websocket.transport.abort()
+
+
+async def test_what_was_not_written_to_a_consumer_goes_back_to_the_front(server: Server) -> None:
+    """The next consumer goes on where writing to one that stopped reading, and was then reset, ended."""
+    payloads = numbered(300, 50_000)
+    async with stuck(server, payloads) as (websocket, queued):
+        await reset(websocket)
+        await until(lambda: server.queued() == queued + 1, "the payload that was taken but not written")
+    assert await drain(server) == payloads[-queued - 1 :]
+
+
+async def test_what_a_consumer_reads_before_it_closes_and_what_the_next_one_gets_is_everything(
+    server: Server,
+) -> None:
+    """A consumer that stopped reading, closes, and reads what is left: the next one goes on exactly there."""
+    payloads = numbered(300, 50_000)
+    async with stuck(server, payloads) as (websocket, queued), asyncio.TaskGroup() as group:
+        group.create_task(websocket.close())
+        first = await receive_all(websocket)
+    if server.acks:  # none of them settled, so all come again
+        first = []
+    assert first + await drain(server) == payloads
+    assert server.acks or len(first) == len(payloads) - queued - 1
+
+
+async def test_a_consumer_that_stopped_reading_holds_up_nobody(server: Server) -> None:
+    """The others get all but what was written to it, and the one payload that it would not take."""
+    payloads = numbered(300, 50_000)
+    async with stuck(server, payloads) as (websocket, queued), consumer(server) as taker:
+        assert await taker.payloads(queued) == payloads[-queued:]
+        await reset(websocket)
+        if not server.acks:
+            assert await taker.payload() == payloads[-queued - 1]
+        else:
+            assert set(await taker.payloads(server.queued())) < set(payloads)
+
+
+async def test_a_consumer_that_speaks_does_no_harm(server: Server) -> None:
+    """Whatever it says and however much: its pings and close frame are answered, and payloads come."""
+    await check_a_consumer_that_spoke_gets_its_pong(server)
+    if server.acks:  # there it is not ignored
+        return
+    async with client(server, CONSUMER) as talker:
+        sayings: list[str | bytes | list[str]] = [
+            "hello",
+            b"\x00\xff",
+            "",
+            ["in ", "parts"],
+            "{",
+            "x" * 2**20,
+        ]
+        for said in sayings:
+            await talker.send(said)
+        for _ in range(1000):
+            await talker.send("x" * 10_000)
+        async with asyncio.timeout(TIMEOUT):
+            await (await talker.ping())
+        await produce(server, ["1"])
+        assert await receive(talker) == "1"
+        await talker.send("thanks")
+        await talker.close()
+        assert talker.close_code == 1000
+
+
+# Pressure
+
+
+async def test_a_flood_fills_the_queue_and_not_the_memory(server: Server) -> None:
+    """60,000 payloads of 10 kB, no consumer: 1013 after a second, and what was echoed is there to drain."""
+    await check_memory_is_bounded(server, 60_000)
+
+
+async def test_a_producer_waits_while_the_queue_is_full(server: Server) -> None:
+    """What finds no room gets its receipt when there is room, and 1013 where that takes over a second."""
+    payloads = numbered(server.capacity)
+    await produce(server, payloads)
+    assert server.queued() == server.capacity
+    async with client(server, PRODUCER) as producer:
+        await producer.send('"patient"')
+        receipt = asyncio.create_task(receive(producer))
+        for _ in range(3):  # turns for the server
+            assert await asyncio.to_thread(server.queued) == server.capacity
+        assert not receipt.done()
+        async with consumer(server) as taker:
+            rest = await taker.payloads(server.capacity)
+            assert await receipt == '"patient"'
+            assert [*rest, await taker.payload()] == [*payloads, '"patient"']
+
+
+async def test_two_floods_and_a_slow_consumer_are_all_served(server: Server) -> None:
+    """Producers take turns at the room that a slow consumer makes: neither is refused or starves."""
+    count = 1500
+    sent = [[json.dumps([name, number, "x" * 4000]) for number in range(count)] for name in ("a", "b")]
+    backlog = numbered(server.capacity)  # with it there is no room from the start
+    received: list[str] = []
+
+    async def take(taker: Consumer) -> None:
+        for number in range(len(backlog) + 2 * count):
+            received.append(await taker.payload())
+            if number % 100 == 0:
+                await asyncio.sleep(0.01)  # slow is what it is
+
+    await produce(server, backlog)
+    async with (
+        client(server, PRODUCER) as one,
+        client(server, PRODUCER) as other,
+        consumer(server, sock=narrow(server), max_queue=16) as taker,
+        asyncio.TaskGroup() as group,
+    ):
+        floods = [group.create_task(flood(*pair)) for pair in zip((one, other), sent, strict=True)]
+        group.create_task(take(taker))
+    assert [flooding.result()[0] for flooding in floods] == [count, count]
+    assert received[: len(backlog)] == backlog
+    for payloads in sent:
+        assert [payload for payload in received if payload[:4] == payloads[0][:4]] == payloads
+    # Where both were under way: not the first payloads, nor the last.
+    shares = Counter(payload[2] for payload in received[len(backlog) + 500 : -500])
+    assert min(shares["a"], shares["b"]) > count / 3, f"one starved: {shares}"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_bad_input_gets_a_reason_and_harms_nobody(server: Server, name: str) -> None:
+    """Close code and reason for the producer, a line for the log, nothing for anyone else."""
+    await check_refused(server, name)
+
+
+JUNK = {
+    "unmasked frame": b"\x81\x01\x31",
+    "unknown opcode": b"\x83\x80\x00\x00\x00\x00",
+    "reserved bits": b"\xf1\x80\x00\x00\x00\x00",
+    "ping of 126 bytes": b"\x89\xfe\x00\x7e" + bytes(130),
+    "continuation of nothing": b"\x80\x80\x00\x00\x00\x00",
+    "close code 1": b"\x88\x82\x00\x00\x00\x00\x00\x01",
+    "half a frame": b"\x81\xfe\x10\x00\x00\x00",
+    "frame of 8 EiB": b"\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff",
+    "random bytes": random.Random(2).randbytes(4096),
+    "HTTP": b"GET / HTTP/1.1\r\n\r\n",
+}
+
+
+@PATHS
+@pytest.mark.parametrize("junk", JUNK)
+async def test_junk_instead_of_frames_ends_that_connection_alone(
+    server: Server, path: str, junk: str
+) -> None:
+    """What is no websocket frame is no traceback either."""
+    async with client(server, PRODUCER) as bystander:
+        async with client(server, path) as offender:
+            offender.transport.write(JUNK[junk])
+            if junk == "half a frame":
+                await vanish(offender)
+            await offender.wait_closed()
+            assert offender.close_code != 1000
+            await gone(server, {port(offender)})
+        await bystander.send("1")
+        assert await receive(bystander) == "1"
+    assert await drain(server) == ["1"]
+
+
+async def test_junk_instead_of_http_ends_that_connection_alone(server: Server) -> None:
+    """So does leaving in the middle of the handshake."""
+    before = server.connections()
+    for junk in (
+        random.Random(1).randbytes(4096),
+        f"GET {PRODUCER} HTTP/1.1\r\nUpgrade: webso".encode(),
+        b"",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
+            sock.sendall(junk)
+    await until(lambda: server.connections() <= before, "the connections to end")
+    await check_verbatim(server, "1")
+
+
+# Origin
+
+
+@PATHS
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
+async def test_a_page_from_elsewhere_is_refused_before_the_handshake(
+    server: Server, path: str, origin: str
+) -> None:
+    """Else any site that a developer visits could drain the queue on their localhost."""
+    await produce(server, ["1"])
+    await check_foreign_page_is_refused(server, path, origin)
+    assert await drain(server) == ["1"]
+
+
+@PATHS
+async def test_own_pages_and_scripts_are_let_in(server: Server, path: str) -> None:
+    """A page that this server served has its origin, a script has none."""
+    for origin in (server.url("", "http"), None):
+        async with client(server, path, origin=origin) as websocket:
+            await (await websocket.ping())
+
+
+# HTTP
+
+
+async def test_stats_say_how_many_payloads_wait(server: Server) -> None:
+    """GET /stats counts them as they come and go."""
+    stats = server.stats()
+    assert stats.keys() >= {"queued", "capacity", "acks"}
+    assert (stats["queued"], type(stats["capacity"]), type(stats["acks"])) == (0, int, bool)
+    await produce(server, numbered(3))
+    assert server.queued() == 3
+    async with consumer(server) as taker:
+        await taker.payloads(3)
+        await until(lambda: server.queued() == 0, "the queue to be empty")
+
+
+async def test_there_is_a_page(server: Server) -> None:
+    """GET / is for people."""
+    status, content_type, body = server.get("/")
+    assert status == 200
+    assert content_type.startswith("text/html")
+    assert "<html" in body
+
+
+# The end
+
+
+@SIGNALS
+@pytest.mark.parametrize("parked", [0, 3, 100])
+async def test_it_ends_within_a_second(fresh: Server, number: signal.Signals, parked: int) -> None:
+    """However many consumers wait, some of which spoke, and however many have left. All are told."""
+    await produce(fresh, numbered(7))
+    await drain(fresh)
+    if parked:
+        await visits(fresh, 12, WAYS_TO_LEAVE)
+    await check_ends(fresh, number, 1, parked)
+
+
+async def test_it_says_how_many_payloads_were_left(fresh: Server) -> None:
+    """They are lost, or wait for the next start: whoever stops a server wants to know."""
+    await visits(fresh, 6, WAYS_TO_LEAVE)
+    await produce(fresh, numbered(7))
+    assert await end(fresh, signal.SIGINT, 1) == 7
+
+
+@SIGNALS
+async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> None:
+    """Each payload with a receipt was written to a consumer, or is counted."""
+    received: list[str] = []
+
+    async def take(taker: Consumer) -> None:
+        with suppress(ConnectionClosed):
+            while True:
+                received.append(await taker.payload())
+
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        producers = [await stack.enter_async_context(client(fresh, PRODUCER)) for _ in range(2)]
+        takers = [await stack.enter_async_context(consumer(fresh)) for _ in range(2)]
+        for taker in takers:
+            group.create_task(take(taker))
+        floods = [group.create_task(flood(producer, numbered(30_000))) for producer in producers]
+        await until(lambda: len(received) > 1000, "payloads to flow")
+        left = await end(fresh, number, 2.5)
+        echoed = sum([(await flooding)[0] for flooding in floods])
+    assert {taker.websocket.close_code for taker in takers} == {1012}
+    assert len(received) + left >= echoed
+
+
+@SIGNALS
+async def test_it_ends_while_a_producer_waits_for_room(fresh: Server, number: signal.Signals) -> None:
+    """What waited for room has no receipt and is not counted."""
+    async with client(fresh, PRODUCER) as producer:
+        flooding = asyncio.create_task(flood(producer, numbered(10_000)))
+        await until(lambda: fresh.queued() == fresh.capacity, "the queue to be full")
+        assert await end(fresh, number, 2.5) == fresh.capacity
+        assert (await flooding)[0] <= fresh.capacity
+
+
+@SIGNALS
+async def test_it_ends_though_a_consumer_stopped_reading(fresh: Server, number: signal.Signals) -> None:
+    """What was taken and could not be written is counted too."""
+    async with stuck(fresh, numbered(300, 50_000)) as (_, queued):
+        assert await end(fresh, number, 2.5) == queued + 1
+
+
+@SIGNALS
+async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server, number: signal.Signals) -> None:
+    """Its payloads go to consumers until its socket is full of receipts; then the server waits for it."""
+    received: list[str] = []
+
+    async def take(taker: Consumer) -> None:
+        with suppress(ConnectionClosed):
+            while True:
+                received.append(await taker.payload())
+
+    async def send(producer: ClientConnection) -> None:
+        with suppress(ConnectionClosed):
+            for payload in numbered(1000, 50_000):
+                await producer.send(payload)
+
+    async with asyncio.TaskGroup() as group:
+        async with (
+            client(fresh, PRODUCER, sock=narrow(fresh), max_queue=1) as producer,
+            consumer(fresh) as taker,
+        ):
+            group.create_task(take(taker))
+            sending = group.create_task(send(producer))
+            counts: list[int] = []
+
+            def stalled() -> bool:
+                assert fresh.queued() <= fresh.capacity  # a turn for the server
+                counts.append(len(received))
+                return len(counts) > 20 and counts[-1] > 0 and len(set(counts[-20:])) == 1
+
+            await until(stalled, "the server to wait for its producer")
+            assert not sending.done()
+            assert await end(fresh, number, 2.5) == 0
+            await vanish(producer)
+        assert taker.websocket.close_code == 1012
+
+
+# Chaos
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_chaos_loses_and_doubles_nothing(server: Server, seed: int) -> None:
+    """Consumers come, leave and are reset at random while producers run: not one payload is lost or doubled.
+
+    Delivery is at most once: what was written to a connection that dies unread is lost. This must hold all
+    the same, because nothing is written to those that die. While payloads flow, consumers, some of them
+    slow, leave by a closing handshake, and read on until the server has answered it, after its last payload.
+    Between two flows, when every payload sent has been received, consumers are reset or vanish. The next flow
+    starts as soon as the server has noticed: a payload that comes in the same instant as a reset may still be
+    written to the dead connection.
+    """
+    rng = random.Random(seed)
+    received: Counter[str] = Counter()
+    takers: dict[ClientConnection, asyncio.Task[None]] = {}
+    ways_to_die = [vanish, reset] if server.acks else [vanish, reset, speak_and_vanish, speak_and_reset]
+
+    async def take(websocket: ClientConnection, acks: bool, slow: bool) -> None:
+        with suppress(ConnectionClosed):
+            while True:
+                received[await websocket.recv(decode=True)] += 1
+                if acks:
+                    await websocket.send("ack")
+                if slow:
+                    await asyncio.sleep(0.001)
+
+    async def come(stack: AsyncExitStack) -> None:
+        slow = rng.random() < 0.3
+        options = {"sock": narrow(server), "max_queue": 1} if slow else {}
+        websocket = await stack.enter_async_context(client(server, CONSUMER, **options))
+        takers[websocket] = asyncio.create_task(take(websocket, server.acks, slow))
+
+    async def leave(websocket: ClientConnection, way: Leaving) -> None:
+        taking = takers.pop(websocket)
+        await way(websocket)
+        await taking
+
+    async def close(websocket: ClientConnection) -> None:
+        await websocket.close()
+
+    sent: list[str] = []
+    async with AsyncExitStack() as stack:
+        for flow in range(6):
+            flows = [
+                numbered(150, rng.choice([10, 1000, 10_000]), start)
+                for start in (flow * 1000, flow * 1000 + 500)
+            ]
+            sent.extend(flows[0] + flows[1])
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(produce(server, payloads)) for payloads in flows]
+                while not all(task.done() for task in running):
+                    if len(takers) < 3 or rng.random() < 0.5:
+                        await come(stack)
+                    else:
+                        group.create_task(leave(rng.choice(list(takers)), close))
+                    await asyncio.sleep(rng.uniform(0, 0.01))
+            await until(lambda: len(received) == len(sent), "all payloads to arrive")
+            dying = rng.sample(list(takers), k=len(takers) * 2 // 3)
+            ports = {port(websocket) for websocket in dying}
+            for websocket in dying:
+                await leave(websocket, rng.choice(ways_to_die))
+            await gone(server, ports)
+        await asyncio.gather(*(leave(websocket, close) for websocket in list(takers)))
+    assert server.queued() == 0
+    assert received.keys() == set(sent)
+    if not server.acks:  # with them, what was acknowledged too late comes again
+        assert max(received.values()) == 1

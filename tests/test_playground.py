@@ -1,0 +1,517 @@
+"""The playground in a real browser, used as a person would: its buttons, its keyboard, its looks."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import (
+    Browser,
+    ConsoleMessage,
+    Error,
+    Locator,
+    Page,
+    Request,
+    WebSocket,
+    WebSocketRoute,
+    async_playwright,
+    expect,
+)
+
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    ROOT,
+    SERVERS,
+    SLOWNESS,
+    TIMEOUT,
+    Server,
+    drain,
+    produce,
+    running,
+    until,
+)
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox",  # which a container's root cannot have
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 360, "height": 740}
+CONTROLS = "button:visible, textarea:visible, select:visible, input:visible, a:visible"
+# Each kind of bad input has a button. What comes back: the code, and what the reason says.
+BAD = {
+    "Not JSON": (1007, "not JSON: "),
+    "Cut short": (1007, "not JSON: "),
+    "Two values": (1007, "not JSON: "),
+    "NaN": (1007, "not JSON: "),
+    "Empty": (1007, "not JSON: "),
+    "Too deep": (1007, "not JSON: "),
+    "Binary": (1003, "a binary frame"),
+    "Too large": (1009, "at most 1048576 bytes"),
+}
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(
+        CHROMIUM is None and "CI" not in os.environ,
+        reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
+    ),
+]
+
+
+class Playground:
+    """The page, opened; and what its websockets have sent and received."""
+
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page, self.server = page, server
+        self.policy = ""
+        self.problems: list[str] = []  # in the console
+        self.requested: list[str] = []
+        self.sent: list[list[str | bytes]] = []  # by each connection of a producer
+        self.receipts: list[list[str | bytes]] = []  # to each
+        self.received: list[str | bytes] = []  # by consumers
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", self._request)
+        page.on("websocket", self._websocket)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        # That the server is not there is no fault of the page's.
+        if message.type in ("error", "warning") and "net::ERR_CONNECTION_" not in message.text:
+            self.problems.append(message.text)
+
+    def _request(self, request: Request) -> None:
+        self.requested.append(request.url)
+
+    def _websocket(self, websocket: WebSocket) -> None:
+        self.requested.append(websocket.url)
+        if websocket.url.endswith(PRODUCER):
+            self.sent.append([])
+            self.receipts.append([])
+            sent, receipts = self.sent[-1], self.receipts[-1]
+            websocket.on("framesent", lambda payload: sent.append(payload))
+            websocket.on("framereceived", lambda payload: receipts.append(payload))
+        else:
+            websocket.on("framereceived", lambda payload: self.received.append(payload))
+
+    @property
+    def producer(self) -> Locator:
+        return self.page.locator("#producer")
+
+    @property
+    def lanes(self) -> Locator:
+        return self.page.get_by_role("article")
+
+    async def press(self, name: str, within: Locator | None = None) -> None:
+        await (within or self.page.locator("main")).get_by_role("button", name=name, exact=True).click()
+
+    async def add(self, count: int = 1) -> None:
+        """Add consumers, and wait until they are connected."""
+        lanes = await self.lanes.count()
+        for _ in range(count):
+            await self.press("Add a consumer")
+        for lane in range(lanes, lanes + count):
+            await expect(self.lanes.nth(lane).locator(".state")).to_have_text("connected")
+
+    async def send(self, payload: str) -> None:
+        await self.page.get_by_label("Payload, a JSON value").fill(payload)
+        await self.page.locator("#send").click()
+
+    async def number(self, selector: str) -> float:
+        return float((await self.page.locator(selector).inner_text()).replace(",", ""))
+
+    async def stop(self) -> int:
+        """Stop the stream, and wait until each payload has its receipt. How many there were."""
+        await self.press("Stop the stream")
+        await self.page.evaluate(
+            "new Promise(requestAnimationFrame)"
+        )  # the counts are drawn with the next frame
+        await expect(self.page.locator("#waiting")).to_have_text("0")
+        count = int(await self.number("#sent"))
+        assert count == await self.number("#receipts")
+        return count
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    assert CHROMIUM, "no browser: CI has to install one"
+    expect.set_options(timeout=1000 * TIMEOUT)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Server]:
+    with running(SERVERS["server.py"]) as server:
+        yield server
+
+
+@asynccontextmanager
+async def opened(browser: Browser, server: Server, **options: object) -> AsyncIterator[Playground]:
+    """Open the page. Whatever happens there, the console stays empty, and nothing comes from elsewhere."""
+    page = await browser.new_page(**options)  # type: ignore[arg-type]
+    page.set_default_timeout(1000 * TIMEOUT)
+    playground = Playground(page, server)
+    try:
+        response = await page.goto(server.url("/", "http"))
+        assert response
+        playground.policy = response.headers.get("content-security-policy", "")
+        await expect(page.locator("#producer .state")).to_have_text("connected")
+        await expect(page.locator("#depth")).not_to_be_empty()
+        yield playground
+    finally:
+        await page.close()
+    assert not playground.problems
+    foreign = [
+        url for url in playground.requested if not re.match(rf"(http|ws)://127.0.0.1:{server.port}/", url)
+    ]
+    assert not foreign
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def playground(browser: Browser, site: Server) -> AsyncIterator[Playground]:
+    async with opened(browser, site) as playground:
+        yield playground
+    await drain(site)
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_a_payload_is_sent_waits_and_arrives(browser: Browser, name: str) -> None:
+    """With every server: a payload waits in the queue, and arrives in the next lane, as it was typed."""
+    with running(SERVERS[name]) as server:
+        async with opened(browser, server) as playground:
+            await playground.send('{"a":  1.50}')
+            await expect(playground.page.locator("#receipts")).to_have_text("1")
+            await expect(playground.page.locator("#depth")).to_have_text("1")
+            await playground.add()
+            await expect(playground.lanes.locator("li").first).to_have_text(
+                '{"a":  1.50}', use_inner_text=False
+            )
+            await expect(playground.lanes.locator(".count")).to_have_text("1")
+            await expect(playground.page.locator("#depth")).to_have_text("0")
+            await expect(playground.lanes.locator(".acks").first).to_be_visible(visible=server.acks)
+            assert playground.received == ['{"a":  1.50}']
+            assert "script-src-attr 'none'; require-trusted-types-for 'script'" in playground.policy
+
+
+async def test_the_editor_checks_as_one_types(playground: Playground) -> None:
+    """What is no payload is said before it is sent; sent all the same, it is refused, and not sent again."""
+    page = playground.page
+    editor = page.get_by_label("Payload, a JSON value")
+    await editor.fill('{"a": 1')
+    await expect(page.locator("#verdict")).to_contain_text("Not JSON: ")
+    await expect(editor).to_have_attribute("aria-invalid", "true")
+    await editor.press_sequentially("}")
+    await expect(page.locator("#verdict")).to_have_text("JSON, 8 bytes")
+    await expect(editor).to_have_attribute("aria-invalid", "false")
+    await playground.send("[NaN]")
+    await expect(playground.producer.locator(".state")).to_contain_text(
+        "closed with 1007 (not a payload): not JSON: "
+    )
+    await expect(playground.producer.locator(".state")).to_contain_text(". Not sent again: [NaN]")
+    await playground.send("[1]")
+    await playground.add()
+    await expect(playground.lanes.locator("li").first).to_have_text("[1]")
+    assert list(itertools.chain(*playground.sent)) == ["[NaN]", "[1]"]
+    assert playground.received == ["[1]"]
+
+
+async def test_ten_lanes_share_a_stream(playground: Playground) -> None:
+    """200 payloads a second go to ten lanes: each gets some, none is lost, and the page stays smooth."""
+    page = playground.page
+    await playground.add(10)
+    await page.get_by_label("Steady stream").fill("100")
+    await expect(page.locator("#rate-text")).to_have_text("200 a second")
+    await playground.press("Start the stream")
+    await until(lambda: len(playground.received) > 100, "the stream")
+    elements = await page.locator("*").count()
+    frames, longest = await page.evaluate(
+        """() => new Promise((resolve) => {
+            const start = performance.now();
+            let frames = 0, longest = 0;
+            new PerformanceObserver((list) => {
+                for (const { duration } of list.getEntries()) longest = Math.max(longest, duration);
+            }).observe({ type: "longtask" });
+            const count = (now) => {
+                frames++;
+                now - start < 2000 ? requestAnimationFrame(count) : resolve([frames, longest]);
+            };
+            requestAnimationFrame(count);
+        })"""
+    )
+    assert await page.locator("*").count() == elements, "the lists grow"
+    assert await page.evaluate("lanes.map((lane) => lane.recent.length)") == [8] * 10
+    assert await playground.number("#sent") > 300 / SLOWNESS
+    count = await playground.stop()
+    await until(lambda: len(playground.received) >= count, "all payloads")
+    assert sorted(json.loads(payload)["value"] for payload in playground.received) == list(
+        range(1, count + 1)
+    )
+    counts = [int(text) for text in await playground.lanes.locator(".count").all_inner_texts()]
+    assert sum(counts) == count
+    assert min(counts) > count / 20
+    assert frames > 30 / SLOWNESS, "15 a second would do"
+    assert longest < 250 * SLOWNESS, "ms in which the page did not react"
+
+
+async def test_killed_lanes_lose_nothing(playground: Playground, browser: Browser) -> None:
+    """Of three consumers one is disconnected, and one's tab closed: the third gets all that is sent then."""
+    await playground.add(2)
+    async with opened(browser, playground.server) as other:
+        await other.add()
+    lane = playground.lanes.first
+    await playground.press("Disconnect", lane)
+    await expect(lane.locator(".state")).to_have_text("closed with 1000 (done)")
+    payloads = [str(n) for n in range(6)]
+    for payload in payloads:
+        await playground.send(payload)
+    await expect(playground.lanes.last.locator(".count")).to_have_text("6")
+    assert playground.received == payloads
+    assert await playground.lanes.last.locator("li").all_inner_texts() == [*reversed(payloads), "", ""]
+    await playground.press("Remove", playground.lanes.last)
+    await expect(playground.lanes).to_have_count(1)
+    await playground.send("6")
+    await expect(playground.page.locator("#depth")).to_have_text("1")
+    await playground.press("Connect", lane)
+    await expect(lane.locator("li").first).to_have_text("6")
+
+
+async def test_bad_input_is_answered(playground: Playground) -> None:
+    """Each kind of bad input has a button, and shows code and reason; other connections notice nothing."""
+    await playground.add()
+    group = playground.page.get_by_role("group", name="Bad input")
+    assert await group.get_by_role("button").all_inner_texts() == list(BAD)
+    for name, (code, reason) in BAD.items():
+        await playground.press(name, group)
+        answer = re.compile(rf"^{name}: closed with {code} \(.+\): .*{reason}")
+        await expect(playground.page.locator("#answer")).to_have_text(answer)
+    await expect(playground.producer.locator(".state")).to_have_text("connected")
+    await playground.send("1")
+    await expect(playground.lanes.locator("li").first).to_have_text("1")
+
+
+async def test_markup_stays_text(playground: Playground) -> None:
+    """A payload that would be markup, and run, is shown as it is; and the browser has orders to run none."""
+    page = playground.page
+    payload = '"<img src=x onerror=window.ran=1><script>ran=1</script>"'
+    await playground.add()
+    await playground.send(payload)
+    await expect(playground.lanes.locator("li").first).to_have_text(payload)
+    await playground.send(payload[1:])
+    await expect(playground.producer.locator(".state")).to_contain_text("Not sent again: <img src=x onerror=")
+    assert await page.locator("img").count() == 0
+    for attempt in (
+        "document.body.innerHTML = '<img src=x onerror=window.ran=1>'",
+        "document.body.setAttribute('onclick', 'window.ran = 1')",
+        "document.createElement('script').text = 'window.ran = 1'",
+    ):
+        with pytest.raises(Error, match="This document requires 'Trusted"):
+            await page.evaluate(f"() => {{ {attempt} }}")
+    assert await page.evaluate("window.ran") is None
+    assert len(playground.problems) == 3  # the console says so too
+    playground.problems.clear()
+
+
+async def test_it_recovers_when_the_server_comes_back(browser: Browser) -> None:
+    """On a restart lanes and producer say why they closed, and connect again; the stream goes on."""
+    with running(SERVERS["server.py"]) as server:
+        async with opened(browser, server) as playground:
+            states = playground.page.locator(".state")
+            await playground.add(2)
+            await playground.press("Start the stream")
+            await until(lambda: len(playground.received) > 3, "the stream")
+            server.interrupt()
+            for state in await states.all():
+                await expect(state).to_have_text(
+                    re.compile(r"^closed with 1012 \(the server stops or restarts\); trying again")
+                )
+            await expect(playground.page.locator("#queue-text")).to_have_text("The server does not answer.")
+            before = len(playground.received)
+            assert server.ends_within(2) is not None
+            with running(SERVERS["server.py"], server.port):
+                for state in await states.all():
+                    await expect(state).to_contain_text("connected again; it was closed with 1012")
+                await until(lambda: len(playground.received) > before + 3, "the stream to go on")
+                await playground.stop()
+                assert len(playground.received) == len(set(playground.received))
+
+
+async def test_what_has_no_receipt_is_sent_again(playground: Playground) -> None:
+    """Into a full queue: the producer is told, tries again, and in the end all has arrived once, in order."""
+    page, server = playground.page, playground.server
+    early = [f'{{"early": {n}}}' for n in range(server.capacity - 20)]
+    await produce(server, early)
+    await page.get_by_label("Steady stream").fill("100")
+    await playground.press("Start the stream")
+    await expect(page.locator("#queue-text")).to_contain_text("Full")
+    await expect(playground.producer.locator(".state")).to_contain_text(
+        "closed with 1013 (try again later): the queue is full: try again later"
+    )
+    await playground.add()
+    count = await playground.stop()
+    await until(lambda: len(playground.received) >= len(early) + count, "all payloads")
+    assert playground.received == early + [f'{{"value": {n}}}' for n in range(1, count + 1)]
+    assert len(playground.sent) > 1
+    for connection, receipts in enumerate(playground.receipts[:-1]):
+        unreceipted = playground.sent[connection][len(receipts) :]
+        again = playground.sent[connection + 1][: len(unreceipted)]
+        assert again == unreceipted[: len(again)]
+
+
+async def test_acknowledgements(browser: Browser, site: Server) -> None:
+    """Where the server has acknowledgements, a lane gives them by itself, by hand, or not at all."""
+    routes: list[WebSocketRoute] = []
+    said: list[str | bytes] = []
+    page = await browser.new_page()
+
+    def consumer(route: WebSocketRoute) -> None:
+        routes.append(route)
+        route.on_message(lambda message: said.append(message))
+
+    await page.route("**/stats", lambda route: route.fulfill(json={"queued": 0, "capacity": 9, "acks": True}))
+    await page.route_web_socket(re.compile(f"{CONSUMER}\\?prefetch=8$"), consumer)
+    await page.goto(site.url("/", "http"))
+    playground = Playground(page, site)
+    await playground.add()
+    unsettled = page.locator(".lane .unsettled-count")
+    choice = page.get_by_label("Acknowledge")
+    routes[0].send("1")
+    await until(lambda: said == ["ack"], "an acknowledgement")
+    await expect(unsettled).to_have_text("0")
+
+    await choice.select_option("by hand")
+    for payload in "234":
+        routes[0].send(payload)
+    await expect(unsettled).to_have_text("3")
+    assert await page.locator(".lane .unsettled").all_inner_texts() == ["4", "3", "2"]
+    await playground.press("Ack the oldest")
+    await expect(unsettled).to_have_text("2")
+    assert await page.locator(".lane .unsettled").all_inner_texts() == ["4", "3"]
+
+    await choice.select_option("not at all")
+    await expect(page.get_by_role("button", name="Ack the oldest")).to_be_hidden()
+    routes[0].send("5")
+    await expect(unsettled).to_have_text("3")
+    assert said == ["ack"] * 2
+
+    await choice.select_option("by itself")
+    await expect(unsettled).to_have_text("0")
+    assert said == ["ack"] * 5
+
+    await choice.select_option("not at all")
+    routes[0].send("6")
+    await expect(unsettled).to_have_text("1")
+    await routes[0].close(code=1012)
+    await expect(page.locator(".lane .state")).to_contain_text(
+        "closed with 1012 (the server stops or restarts). 1 unsettled went back to the queue; trying again"
+    )
+    await until(lambda: len(routes) == 2, "another connection")
+    await page.close()
+
+
+async def test_addresses_come_from_the_page(browser: Browser) -> None:
+    """Behind a proxy, under https and a folder, the websockets are looked for beside the page."""
+    page = await browser.new_page()
+    routes: list[str] = []
+    await page.route_web_socket(re.compile("."), lambda route: routes.append(route.url))
+    await page.route(
+        "**/demo/stats", lambda route: route.fulfill(json={"queued": 0, "capacity": 9, "acks": False})
+    )
+    await page.route("**/demo/?page", lambda route: route.fulfill(path=ROOT / "web" / "index.html"))
+    await page.goto("https://proxy.example/demo/?page")
+    await page.get_by_role("button", name="Add a consumer").click()
+    await until(lambda: len(routes) == 2, "two websockets")
+    await page.close()
+    assert routes == ["wss://proxy.example/demo/ws/producer", "wss://proxy.example/demo/ws/consumer"]
+
+
+async def test_it_works_by_keyboard(playground: Playground) -> None:
+    """Tab reaches every control, each has a name and shows that it has the focus, and keys work them."""
+    page = playground.page
+    await page.get_by_label("Payload, a JSON value").press("Control+Enter")
+    await expect(page.locator("#receipts")).to_have_text("1")
+    await page.get_by_role("button", name="Add a consumer").press("Enter")
+    await expect(playground.lanes.locator(".count")).to_have_text("1")
+    slider = page.get_by_label("Steady stream")
+    for key, rate in [("Home", "0.5 a second"), ("End", "200 a second")]:
+        await slider.press(key)
+        await expect(slider).to_have_attribute("aria-valuetext", rate)
+    for control in await page.locator(CONTROLS).all():
+        await expect(control).to_have_accessible_name(re.compile(r"\w"))
+    await page.get_by_label("Payload, a JSON value").focus()
+    reached = []
+    for _ in range(await page.locator(CONTROLS).count()):
+        place, outline = await page.evaluate(
+            """(controls) => {
+                const focused = document.activeElement, all = [...document.querySelectorAll(controls)];
+                const visible = all.filter((control) => control.checkVisibility());
+                return [visible.indexOf(focused), getComputedStyle(focused).outlineStyle];
+            }""",
+            CONTROLS.replace(":visible", ""),
+        )
+        reached.append((place, outline))
+        await page.keyboard.press("Tab")
+    assert reached == [(place, "solid") for place in range(len(reached))]
+
+
+async def test_it_fits_a_phone(browser: Browser, site: Server) -> None:
+    """At a phone's width nothing has to be scrolled sideways, whatever a payload contains."""
+    async with opened(browser, site, viewport=PHONE, has_touch=True) as playground:
+        await playground.add(2)
+        await playground.send(json.dumps(["wide" * 99]))
+        await playground.send(json.dumps("w" * 999)[1:])
+        await expect(playground.producer.locator(".state")).to_contain_text("1007")
+        await expect(playground.page.locator(".count").first).to_have_text("1")
+        width = await playground.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_is_readable(browser: Browser, site: Server, scheme: str) -> None:
+    """In both themes all text stands out from its background, 4.5 to 1 as WCAG asks."""
+    async with opened(browser, site, color_scheme=scheme) as playground:
+        await playground.add()
+        await playground.page.get_by_label("Payload, a JSON value").fill("[")
+        faint, background = await playground.page.evaluate(
+            """() => {
+                const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+                const light = (color) => parse(color).slice(0, 3).map((part) => part / 255)
+                    .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+                    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+                const behind = (element) => {
+                    const color = getComputedStyle(element).backgroundColor;
+                    return parse(color)[3] === 0 ? behind(element.parentElement) : color;
+                };
+                const faint = [];
+                for (const element of document.querySelectorAll("body *")) {
+                    const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+                    if (!texts.some((text) => text.data.trim()) || !element.checkVisibility()) continue;
+                    const pair = [getComputedStyle(element).color, behind(element)];
+                    const [high, low] = pair.map(light).sort((a, b) => b - a);
+                    if ((high + 0.05) / (low + 0.05) < 4.5) faint.push([element.outerHTML, ...pair]);
+                }
+                return [faint, light(behind(document.body))];
+            }"""
+        )
+        assert faint == []
+        assert (background > 0.5) == (scheme == "light")
+
+
+async def test_the_page_is_one_short_file() -> None:
+    """It has fewer than 400 lines, and needs nothing from elsewhere."""
+    page = (ROOT / "web" / "index.html").read_text()
+    assert len(page.splitlines()) < 400
+    assert not re.findall(r"https?://|innerHTML|@import", page)

@@ -1,0 +1,199 @@
+"""The READMEs tell the truth: their excerpts stand in the files, and their commands print what they show.
+
+A section's ```console blocks are terminals side by side. Each runs its commands in turn. A command or a ^C is
+typed once the output shown above it in its terminal has appeared; a ^C also waits for all commands elsewhere
+that end by themselves.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, SLOWNESS, TIMEOUT, wait_for
+
+READMES = [path for path in (ROOT / "README.md", ROOT / "lessons" / "README.md") if path.exists()]
+PORT = 8000  # the READMEs' commands use the default
+SERVER = re.compile(r"\$ (uvicorn|python \S*server\.py)")
+ENV = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.5",
+    "UVICORN_LOOP": "asyncio",  # the README's readers have no uvloop, the benchmark's and so the tests' have
+}
+# What differs from run to run: process ids, the clients' ports, times, shares of payloads, memory.
+VARYING = [
+    r"\[\d+\]",
+    r"(?<=127\.0\.0\.1:)\d{5}",
+    r"(?<=port=)\d{5}",
+    r"\d{10}\.\d+",
+    r"^\d+(?= payloads$| MB$)",
+]
+
+
+def normal(text: str) -> str:
+    for pattern in VARYING:
+        text = re.sub(pattern, "#", text, flags=re.MULTILINE)
+    return text
+
+
+def scenarios(readme: Path) -> Iterator[tuple[str, list[str]]]:
+    """A heading, and the console blocks below it that are played together: a server's and its clients'."""
+    for section in re.split(r"^#+ ", readme.read_text(), flags=re.MULTILINE)[1:]:
+        blocks = re.findall(r"^```console\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        starts = [n for n, block in enumerate(blocks) if SERVER.match(block)]
+        for start, end in itertools.pairwise([*starts, len(blocks)]):
+            yield section.splitlines()[0], blocks[start:end]
+
+
+class Terminal:
+    """A console block, played."""
+
+    def __init__(self, block: str) -> None:
+        self.steps = re.split(r"^(\$ .*|\^C)\n", block, flags=re.MULTILINE)[
+            1:
+        ]  # typed, shown, typed, shown ...
+        self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
+        self.process: subprocess.Popen[str] | None = None
+        self.expected = ""
+
+    def printed(self) -> str:
+        return Path(self.output.name).read_text()
+
+    def shows(self, end: str = "") -> bool:
+        """Whether all that was expected so far is there; with `end` r"\\Z", and nothing else."""
+        lines = normal(self.expected).splitlines(keepends=True)
+        pattern = "".join(r"(?:.*\n)*?" if line == "...\n" else re.escape(line) for line in lines)
+        return re.match(pattern + end, normal(self.printed())) is not None
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def interrupts(self) -> bool:
+        return self.steps[:1] == ["^C"]
+
+    def ready(self) -> bool:
+        """Whether the next step may be typed."""
+        return bool(self.steps) and self.shows() and (self.interrupts() or not self.running())
+
+    def type(self) -> None:
+        typed, shown, *self.steps = self.steps
+        if typed == "^C":
+            assert self.process
+            os.killpg(self.process.pid, signal.SIGINT)
+        else:
+            self.process = subprocess.Popen(
+                ["bash", "-c", "trap : INT; " + typed.removeprefix("$ ")],
+                cwd=ROOT, env=ENV, text=True, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.expected += shown
+
+    def kill(self) -> None:
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
+
+
+def served() -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", PORT)) == 0
+
+
+def play(blocks: list[str]) -> None:
+    wait_for(lambda: not served(), f"port {PORT}, which the README's commands need, to be free")
+    terminals = [Terminal(block) for block in blocks]
+    try:
+        for terminal in terminals:
+            terminal.type()
+            wait_for(served, "the server to accept connections")
+        deadline = time.monotonic() + 3 * TIMEOUT
+        while any(terminal.steps or terminal.running() for terminal in terminals):
+            ready = [terminal for terminal in terminals if terminal.ready()]
+            if any((t.steps or t.running()) and not t.interrupts() for t in terminals):
+                ready = [terminal for terminal in ready if not terminal.interrupts()]
+            if ready:
+                ready[0].type()
+            elif time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        for terminal in terminals:
+            assert terminal.shows(r"\Z"), f"printed:\n{terminal.printed()}\nexpected:\n{terminal.expected}"
+            assert not terminal.steps, f"not typed: {terminal.steps}"
+            assert not terminal.running(), f"still running: {terminal.process}"
+    finally:
+        for terminal in terminals:
+            terminal.kill()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param(blocks, id=f"{path.parent.name}: {heading}")
+        for path in READMES
+        for heading, blocks in scenarios(path)
+    ],
+)
+def test_console(blocks: list[str]) -> None:
+    """The commands of a section print what it shows."""
+    play(blocks)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_python(path: Path) -> None:
+    """Each excerpt stands in one of the files, word for word; a program prints what is shown below it."""
+    files = [file.read_text() for file in [*path.parent.glob("*.py"), *ROOT.glob("*.py")]]
+    blocks = re.findall(
+        r"^```python\n(.*?)^```\n+(?:```text\n(.*?)^```)?", path.read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert blocks
+    for block, printed in blocks:
+        if printed:
+            assert subprocess.check_output([sys.executable, "-c", block], text=True) == printed
+        else:
+            assert any(block in file for file in files), f"stands in no file:\n{block}"
+
+
+def test_first_command(tmp_path: Path) -> None:
+    """The first command sets up and starts the server in a fresh copy; lines in are lines out."""
+    for name in ("server.py", "ws_producer_client.py", "ws_consumer_client.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "web", tmp_path / "web")
+    found = re.search(r"^```sh\n(.*)\n```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert found
+    env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            ["bash", "-c", found[1]], cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            wait_for(lambda: served() or server.poll() is not None, "the server", 60 * SLOWNESS)
+            assert server.poll() is None, log.seek(0) or log.read()
+            python = tmp_path / ".venv" / "bin" / "python"
+            lines = "".join(f'{{"line": {number}}}\n' for number in range(100))
+            subprocess.run(
+                [python, "ws_producer_client.py", "-"], cwd=tmp_path, input=lines, text=True, check=True
+            )
+            output = subprocess.check_output(
+                [python, "ws_consumer_client.py", "--count", "100"], cwd=tmp_path, text=True
+            )
+            assert output == lines
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(2 * SLOWNESS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()

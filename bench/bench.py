@@ -40,16 +40,32 @@ ROOT, RESULTS, PLOT = BENCH.parent, BENCH / "results.json", BENCH / "plot.svg"
 if not __package__:  # run as a script: then `bench` would be this file, not the folder
     sys.path[0] = str(ROOT)
 
-from bench.load import START, Failed, Load, Server, SocketIO, Work  # noqa: E402
+from bench.load import START, Acknowledging, Failed, Load, Server, SocketIO, Work  # noqa: E402
 from bench.report import digits, plot, table, with_section  # noqa: E402
 
 ROUNDS = 5
 FILES = 4096  # open at a time: a thousand connections, and some
 UVICORN = (sys.executable, "-m", "uvicorn", "--log-level", "warning")
+# A server and a Redis of its own, which counts with it: in the same process tree, and killed with it.
+WITH_REDIS = (
+    "sh",
+    "-c",
+    """folder=$(mktemp -d); export REDIS_URL=unix://$folder/socket
+    redis-server --port 0 --unixsocket $folder/socket --dir $folder --save '' --appendonly yes &
+    until [ -S $folder/socket ]; do sleep 0.05; done
+    exec "$@" """,
+    "sh",
+)
 SERVERS = [
     Server("server.py", (*UVICORN, "server:app", "--port")),
     Server("server.py on uvloop", (*UVICORN, "server:app", "--port"), uvloop=True),
     Server("multiproc_server.py", (sys.executable, "multiproc_server.py", "--workers", "2", "--port")),
+    Server("ack_server.py", (*UVICORN, "lessons.ack_server:app", "--port"), connection=Acknowledging),
+    Server(
+        "redis_server.py",
+        (*WITH_REDIS, *UVICORN, "lessons.redis_server:app", "--port"),
+        connection=Acknowledging,
+    ),
     Server("naive", (*UVICORN, "tests.naive.server:app", "--port")),
     Server("naive multiproc", (sys.executable, "tests/naive/multiproc_server.py")),
     Server("bare websockets", (sys.executable, "bench/bare_websockets.py")),

@@ -13,7 +13,7 @@ import psutil
 from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 AHEAD = 500  # payloads in flight, fewer than a server queues: this measures relaying, not backpressure
-SECONDS = 0.8  # that a run may send; those of slow servers end here, short of their payloads
+SECONDS = 0.8
 START = 20  # seconds that a server has to accept connections, and to be idle after that
 STALL = 5  # seconds without an arrival or an echo, after which what is missing never comes
 LINGER = 0.1  # seconds in which a payload that comes twice would come again
@@ -48,8 +48,6 @@ class Connection(WSListener):
         if self.role == "producer":
             self.load.echoed(self, payload)
         else:
-            if self.load.server.acks:
-                self.transport.send(WSMsgType.TEXT, b"ack")
             self.load.arrived(payload)
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -65,6 +63,17 @@ class Connection(WSListener):
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         self.load.fail(f"a {self.role} lost its connection")
+
+
+class Acknowledging(Connection):
+    """The same for a server that waits for acknowledgements."""
+
+    path = "/ws/{role}?prefetch=64"
+
+    def heard(self, payload: bytes) -> None:
+        if self.role == "consumer":
+            super().send(b"ack")
+        super().heard(payload)
 
 
 class SocketIO(Connection):
@@ -92,7 +101,6 @@ class SocketIO(Connection):
 class Server:
     name: str
     command: Sequence[str]  # a port is appended
-    acks: bool = False  # whether a consumer has to acknowledge each payload
     uvloop: bool = False
     connection: type[Connection] = Connection
     package: str = ""  # which a peer needs

@@ -70,6 +70,10 @@ if #ids == most then return entries end
 local new = redis.call('XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #ids, 'STREAMS', KEYS[1], '>')
 for _, entry in ipairs(new and new[1][2] or {}) do table.insert(entries, entry) end
 return entries"""
+LEAVE = """
+local group, worker = ARGV[1], ARGV[2]
+if #redis.call('XPENDING', KEYS[1], group, '-', '+', 1, worker) > 0 then return end  -- they would be lost
+redis.call('XGROUP', 'DELCONSUMER', KEYS[1], group, worker)"""
 
 
 @asynccontextmanager
@@ -92,7 +96,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             while mine := await call(redis.xpending_range(STREAM, GROUP, "-", "+", BATCH, WORKER)):
                 returned.extend(entry["message_id"] for entry in mine)
                 await report()
-            await call(redis.xgroup_delconsumer(STREAM, GROUP, WORKER))
+            await call(leave(KEYS, [GROUP, WORKER]))
             log.info("%d payloads were still queued", await queued())
     await redis.aclose()
 
@@ -113,7 +117,7 @@ pool = BlockingConnectionPool.from_url(  # without a timeout: its own would cost
     REDIS_URL, max_connections=3, socket_timeout=None, decode_responses=True, protocol=2, retry=once
 )
 redis = Redis.from_pool(pool)
-add, take = redis.register_script(PUT), redis.register_script(TAKE)
+add, take, leave = (redis.register_script(script) for script in (PUT, TAKE, LEAVE))
 windows: set[Window] = set()
 free: deque[Window] = deque()  # those with room, in line for the next payload
 settled: list[str] = []  # ids, until Redis knows
@@ -171,6 +175,7 @@ async def fetch() -> None:
         for payload_id, (_, payload) in entries:
             if not free:  # those that wanted it have left
                 returned.append(payload_id)
+                news.set()
                 continue
             window = free.popleft()
             window.unsettled.append(payload_id)

@@ -9,23 +9,29 @@ import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from itertools import chain
 
+import psutil
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.harness import (
     CONSUMER,
+    MAX_PREFETCH,
     PRODUCER,
     SLOWNESS,
+    TIMEOUT,
     Consumer,
+    Script,
     Server,
     client,
     consumer,
+    consumer_path,
     drain,
     gone,
+    numbered,
     port,
     produce,
     receive,
@@ -63,6 +69,21 @@ async def check_verbatim(server: Server, payload: str) -> None:
         assert await taker.payload() == payload, "the payload was written anew"
 
 
+# What a consumer may say to a server without acknowledgements, and to one with them not.
+SAYINGS: dict[str, str | bytes | list[str]] = {
+    "hello": "hello",
+    "binary": b"\x00\xff",
+    "nothing": "",
+    "in parts": ["hel", "lo"],
+    "half of some JSON": "{",
+    "1 MiB": "x" * MIB,
+    "ack in capitals": "ACK",
+    "ack and a newline": "ack\n",
+    "binary ack": b"ack",
+    "two acks in one": "ackack",
+}
+
+
 async def leave_politely(websocket: ClientConnection) -> None:
     await websocket.close()
     assert websocket.close_code == 1000, "the close frame got no answer"
@@ -75,7 +96,8 @@ async def speak_and_vanish(websocket: ClientConnection) -> None:
 
 async def speak_and_leave(websocket: ClientConnection) -> None:
     await websocket.send("hello")
-    await leave_politely(websocket)
+    await websocket.close()
+    assert websocket.close_code in (1000, 1008), "the close frame got no answer"
 
 
 async def speak_and_reset(websocket: ClientConnection) -> None:
@@ -104,6 +126,8 @@ async def visits(server: Server, count: int, ways: list[Leaving]) -> int:
         websockets = [await stack.enter_async_context(visitor) for visitor in visitors]
         ports = {port(websocket) for websocket in websockets}
         await asyncio.gather(*(ways[i % len(ways)](websocket) for i, websocket in enumerate(websockets)))
+        if not server.acks:  # there what a consumer says is ignored
+            assert 1008 not in {websocket.close_code for websocket in websockets}
     with suppress(AssertionError):
         await gone(server, ports)
     return len(ports & server.connections())
@@ -130,10 +154,14 @@ async def check_departures_are_noticed(server: Server, ways: list[Leaving]) -> N
 
 
 async def check_a_consumer_that_spoke_gets_its_pong(server: Server) -> None:
-    """A consumer's pings are answered after it said something."""
+    """A consumer's pings are answered after it said something; where it may say only `ack`, after that."""
     async with consumer(server) as talker:
         for _ in range(3):  # the first ping may come with the message, before the server stops reading
-            await talker.websocket.send("hello")
+            if server.acks:
+                await produce(server, ["1"])
+                await talker.payload()
+            else:
+                await talker.websocket.send("hello")
             pong = await talker.websocket.ping()
             try:
                 async with asyncio.timeout(1 * SLOWNESS):
@@ -150,6 +178,50 @@ async def check_a_consumer_that_spoke_lives(server: Server, seconds: float) -> N
             async with asyncio.timeout(seconds):
                 await talker.wait_closed()
         assert talker.close_code is None, f"closed with {talker.close_code}: {talker.close_reason}"
+
+
+async def check_ignored(server: Server, saying: str | bytes | list[str]) -> None:
+    """Said before and after a payload, once or much, it is ignored: the next payload comes all the same."""
+    async with client(server, CONSUMER) as talker:
+        for payload in ("1", "2"):
+            for _ in range(10):
+                await talker.send(saying)
+            async with asyncio.timeout(TIMEOUT):
+                await (await talker.ping())
+            await produce(server, [payload])
+            assert await receive(talker) == payload
+        await talker.send(saying)
+        await talker.close()
+        assert talker.close_code == 1000
+
+
+async def check_forbidden(server: Server, saying: str | bytes | list[str], unsettled: int) -> None:
+    """It ends the connection with 1008, a reason and a line in the log; what was unsettled comes again.
+
+    Others notice nothing, whatever the offender says then.
+    """
+    payloads = [str(number) for number in range(5)]
+    mark = len(server.log)
+    async with client(server, CONSUMER + "?prefetch=3") as offender:
+        await produce(server, payloads[:unsettled])
+        for payload in payloads[:unsettled]:
+            assert await receive(offender) == payload
+        with suppress(ConnectionClosed):
+            for _ in range(10):
+                await offender.send(saying)
+        await offender.wait_closed()
+        assert offender.close_code == 1008
+        assert offender.close_reason
+        assert "ack" in offender.close_reason
+        await gone(server, {port(offender)})
+    log = server.log[mark:]
+    assert "Traceback" not in log, log
+    lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
+    assert len(lines) == 1
+    assert f"closed with 1008: {offender.close_reason}" in lines[0]
+    await produce(server, payloads[unsettled:])
+    await until(lambda: server.queued() == len(payloads), "what was unsettled to come back")
+    assert await drain(server) == payloads
 
 
 async def check_refused(server: Server, name: str) -> None:
@@ -225,6 +297,37 @@ async def check_memory_is_bounded(server: Server, count: int) -> None:
     assert await drain(server) == ['"warm up"', *payloads[:echoed]]
 
 
+async def check_a_killed_consumer_takes_nothing(server: Server) -> None:
+    """20,000 payloads of 85 bytes come to two consumers. One, a process, was stopped, and is then killed."""
+    payloads = numbered(20_000, 83)
+    received: set[str] = set()
+
+    async def take(taker: Consumer) -> None:
+        async for payload in taker.websocket:
+            received.add(str(payload))
+            if taker.acks:
+                await taker.websocket.send("ack")
+
+    url = server.url(consumer_path(server, MAX_PREFETCH))
+    with closing(Script(url, *["--ack"] * server.acks)) as victim:
+        await produce(server, ['"first"'])
+        await victim.prints(1)
+        [connection] = psutil.Process(victim.process.pid).net_connections("tcp")
+        victim.process.send_signal(signal.SIGSTOP)
+        async with consumer(server, MAX_PREFETCH) as taker:
+            taking = asyncio.create_task(take(taker))
+            await produce(server, payloads)
+            victim.process.kill()
+            await gone(server, {connection.laddr.port})
+            await until(lambda: server.queued() == 0, "the other consumer to take all")
+            with suppress(AssertionError):
+                await until(lambda: len(received) == len(payloads), "what is on its way", 1 * SLOWNESS)
+            await taker.websocket.close()
+            await taking
+    lost = len(payloads) - len(received)
+    assert lost == 0, f"lost: {lost} payloads"
+
+
 async def check_fair(server: Server) -> None:
     """Five consumers share 3,000 payloads, and none gets three times what another gets."""
     payloads = [str(number) for number in range(3000)]
@@ -251,12 +354,12 @@ async def check_fair(server: Server) -> None:
 
 async def check_broadcast(server: Server) -> None:
     """Every consumer gets every payload. (No server here passes: consumers compete.)"""
-    async with client(server, CONSUMER) as one, client(server, CONSUMER) as other:
-        waiting = {asyncio.create_task(receive(websocket)): websocket for websocket in (one, other)}
+    async with consumer(server) as one, consumer(server) as other:
+        waiting = {asyncio.create_task(taker.payload()): taker for taker in (one, other)}
         await produce(server, ["1"])
         (first,), (second,) = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         assert await first == "1"
-        await waiting[first].close()
+        await waiting[first].websocket.close()
         await produce(server, ["2"])
         assert await second == "1", "no broadcast: one of two consumers never saw the first payload"
 
@@ -292,7 +395,14 @@ async def check_ends(server: Server, number: signal.Signals, seconds: float, par
     """It ends while that many consumers wait for a payload, some of which spoke. All are told with 1012."""
     async with AsyncExitStack() as stack:
         websockets = [await stack.enter_async_context(client(server, CONSUMER)) for _ in range(parked)]
-        if not server.acks:  # there a consumer has nothing to say but `ack`
+        if server.acks:  # there a consumer has nothing to say before it has a payload
+            await produce(server, ["1"] * parked)
+            for websocket in websockets:
+                assert await receive(websocket) == "1"
+            for websocket in websockets:
+                await websocket.send("ack")
+                await (await websocket.ping())
+        else:
             for websocket in websockets[2::3]:
                 await websocket.send("hello")
         websockets.append(await stack.enter_async_context(client(server, PRODUCER)))

@@ -1,5 +1,6 @@
 """Servers for the tests: one that they share, for starting takes a while, and fresh ones to be ended."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -7,6 +8,31 @@ import pytest
 pytest.register_assert_rewrite("tests.harness", "tests.checks")
 
 from tests.harness import NAIVE, SERVERS, Server, drain, running  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, for most tests wait some of the time."""
+    return min(8, 1 + (os.cpu_count() or 1))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Keep together what shares a server, or a port as the README's commands do, and start with the latter.
+
+    Tests with servers of their own come last, each in the process that is free first.
+    """
+    order = {}
+    for item in items:
+        if {"command", "shared"} <= set(item.fixturenames):
+            group = str(item.callspec.params["command"])
+        elif {"command", "fresh", "naive"} & set(item.fixturenames):
+            order[item] = 2
+            continue
+        else:
+            group = item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        order[item] = 0 if group == "test_readme" else 1
+    items.sort(key=lambda item: order[item])
 
 
 @pytest.fixture(scope="session", params=SERVERS)

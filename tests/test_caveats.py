@@ -1,6 +1,7 @@
 """The naive server fails each caveat's check, for the reason that the README gives.
 
-The same checks hold server.py and the others in test_contract.py. A check that cannot fail proves nothing.
+The same checks hold server.py and the others in test_contract.py and test_ack.py. A check that cannot fail
+proves nothing.
 """
 
 import signal
@@ -13,6 +14,7 @@ from tests.checks import (
     Leaving,
     check_a_consumer_that_spoke_gets_its_pong,
     check_a_consumer_that_spoke_lives,
+    check_a_killed_consumer_takes_nothing,
     check_broadcast,
     check_departed_consumers_swallow_nothing,
     check_departures_are_noticed,
@@ -119,6 +121,12 @@ async def test_naive_is_no_broadcast(naive: Server) -> None:
     assert "Broadcast" in (naive_server.consumer.__doc__ or "")
     with fails("no broadcast"):
         await check_broadcast(naive)
+
+
+async def test_without_acknowledgements_a_killed_consumer_takes_payloads_with_it() -> None:
+    """All that was written to its socket: with server.py thousands, where they are small."""
+    with running(SERVERS["server.py"]) as server, fails(r"lost: \d{4,} payloads"):
+        await check_a_killed_consumer_takes_nothing(server)
 
 
 @pytest.mark.parametrize("path", [PRODUCER, CONSUMER])

@@ -2,11 +2,8 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
@@ -19,77 +16,20 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from tests import harness
-from tests.harness import CONSUMER, PRODUCER, ROOT, SERVERS, TIMEOUT, Server, free_port, running, until
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    SCRIPTS,
+    SERVERS,
+    TIMEOUT,
+    Script,
+    Server,
+    free_port,
+    running,
+    until,
+)
 
-SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
 MIB = 1024 * 1024
-ENV = {
-    **os.environ,
-    "NO_PROXY": "127.0.0.1",
-    "PYTHONUTF8": "1",
-    "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.1",
-    "WEBSOCKETS_BACKOFF_MIN_DELAY": "0.1",
-    "WEBSOCKETS_BACKOFF_MAX_DELAY": "0.2",
-}
-
-
-class Script:
-    """A client script that runs, and what it has printed so far."""
-
-    def __init__(
-        self, url: str, *options: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False
-    ) -> None:
-        """The script for the path in the URL. Its output goes to a file or, `piped`, to process.stdout."""
-        path = CONSUMER if CONSUMER in url else PRODUCER
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, SCRIPTS[path], "--url", url, *options],
-            cwd=ROOT,
-            env=ENV,
-            stdin=stdin,
-            stdout=subprocess.PIPE if piped else self._out,
-            stderr=self._err,
-        )
-
-    @property
-    def out(self) -> str:
-        return os.pread(self._out.fileno(), 2**30, 0).decode()
-
-    @property
-    def err(self) -> str:
-        return os.pread(self._err.fileno(), 2**30, 0).decode()
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.split("\n")[:-1]
-
-    def write(self, text: str) -> None:
-        """Type into its standard input."""
-        assert self.process.stdin
-        self.process.stdin.write(text.encode())
-        self.process.stdin.flush()
-
-    async def prints(self, count: int) -> list[str]:
-        """What it has printed, as soon as that is `count` lines."""
-        await until(lambda: self.out.count("\n") >= count, f"{count} lines; stderr:\n{self.err}")
-        return self.lines
-
-    async def says(self, text: str) -> None:
-        """Wait until it says that on standard error."""
-        await until(lambda: text in self.err, text)
-
-    async def ends(self, timeout: float = TIMEOUT) -> int:  # noqa: ASYNC109
-        """Its exit code."""
-        await until(lambda: self.process.poll() is not None, f"the end; stderr:\n{self.err}", timeout)
-        return self.process.returncode
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for file in (self.process.stdin, self.process.stdout, self._out, self._err):
-            if file:
-                with suppress(BrokenPipeError):
-                    file.close()
 
 
 @pytest.fixture
@@ -532,6 +472,7 @@ async def test_interrupt_while_idle(start: Start) -> None:
     connected = []
 
     async def waiting(websocket: ServerConnection) -> None:
+        await (await websocket.ping())  # a client that is interrupted before it knows says no goodbye
         connected.append(websocket)
         await websocket.wait_closed()
 

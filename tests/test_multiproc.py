@@ -225,16 +225,17 @@ def test_ctrl_c_while_the_workers_start(number: signal.Signals) -> None:
         for process in server.processes():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        assert server.ends_within(8) is not None  # uvicorn may be waiting 5 s for a sign of life
+        assert server.ends_within(15) is not None  # uvicorn may be waiting 5 s for a sign of life
         wait_for(lambda: not server.processes(), "all to end")
         assert "Traceback" not in server.log
 
 
 def test_uvicorn_alone_says_what_to_run() -> None:
-    """`uvicorn multiproc_server:app --workers 4` ends at once, and says what to run in one line."""
+    """`uvicorn multiproc_server:app --workers 4` ends by itself, and says what to run in one line."""
     server = Server([sys.executable, "-m", "uvicorn", "multiproc_server:app", "--workers", "4", "--port"])
     try:
-        assert server.ends_within(10) is not None
+        # Most of it uvicorn waits, 5 s, for a sign of life; on a busy machine the workers import as long.
+        assert server.ends_within(30) is not None
         wait_for(lambda: not server.processes(), "all to end")
         assert len(re.findall("run python multiproc_server.py", server.log)) == 1
         assert "Traceback" not in server.log

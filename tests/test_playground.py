@@ -24,6 +24,7 @@ from playwright.async_api import (
 )
 
 from tests.harness import (
+    ACKING,
     CONSUMER,
     PRODUCER,
     ROOT,
@@ -420,6 +421,44 @@ async def test_acknowledgements(browser: Browser, site: Server) -> None:
     )
     await until(lambda: len(routes) == 2, "another connection")
     await page.close()
+
+
+@pytest.mark.parametrize("name", ACKING)
+async def test_what_a_lane_leaves_unsettled_goes_to_another(browser: Browser, name: str) -> None:
+    """With each server that takes acknowledgements: a lane gives them as told, and takes nothing with it."""
+    payloads = [str(number) for number in range(10)]
+    with running(SERVERS[name]) as server:
+        async with opened(browser, server) as playground:
+            page, lane, other = playground.page, playground.lanes.first, playground.lanes.last
+            unsettled, choice = lane.locator(".unsettled-count"), lane.get_by_label("Acknowledge")
+            await playground.add()
+            await expect(page.locator("#acks-text")).to_contain_text("comes back")
+            await choice.select_option("not at all")
+            for payload in payloads:
+                await playground.send(payload)
+            await expect(unsettled).to_have_text("8")
+            await expect(page.locator("#depth")).to_have_text("2")
+            assert await lane.locator(".unsettled").all_inner_texts() == payloads[7::-1]
+
+            await choice.select_option("by hand")
+            await playground.press("Ack the oldest", lane)
+            await expect(lane.locator(".count")).to_have_text("9")
+            await expect(unsettled).to_have_text("8")
+            assert await lane.locator(".unsettled").all_inner_texts() == payloads[8:0:-1]
+
+            await playground.add()
+            await expect(other.locator("li").first).to_have_text("9")
+            await expect(page.locator("#depth")).to_have_text("0")
+            await playground.press("Disconnect", lane)
+            await expect(lane.locator(".state")).to_have_text(
+                "closed with 1000 (done). 8 unsettled went back to the queue"
+            )
+            await expect(unsettled).to_have_text("0")
+            await expect(other.locator(".count")).to_have_text("9")
+            await expect(other.locator(".unsettled-count")).to_have_text("0")
+            assert await other.locator("li").all_inner_texts() == payloads[8:0:-1]
+            assert playground.received == [*payloads, *payloads[1:9]]
+            assert await drain(server) == []
 
 
 async def test_addresses_come_from_the_page(browser: Browser) -> None:

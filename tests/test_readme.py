@@ -1,10 +1,12 @@
 """The READMEs tell the truth: their excerpts stand in the files, and their commands print what they show.
 
-A section's ```console blocks are terminals side by side. Each runs its commands in turn. A command or a ^C is
-typed once the output shown above it in its terminal has appeared; a ^C also waits for all commands elsewhere
-that end by themselves.
+A section's ```console blocks are terminals side by side, those of a server and of its clients. Each runs its
+commands in turn. A command or a ^C is typed once the output shown above it in its terminal has appeared; a ^C
+also waits for all commands elsewhere that end by themselves. Where the first block starts a Redis, it goes on
+through all blocks that follow, so that one server after the other can use it.
 """
 
+import fcntl
 import itertools
 import os
 import re
@@ -21,24 +23,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, SLOWNESS, TIMEOUT, wait_for
+from tests.harness import ROOT, SLOWNESS, TIMEOUT, redis_executable, wait_for
 
 READMES = [path for path in (ROOT / "README.md", ROOT / "lessons" / "README.md") if path.exists()]
-PORT = 8000  # the READMEs' commands use the default
+PORT, REDIS_PORT = 8000, 6379  # the READMEs' commands use the defaults
 SERVER = re.compile(r"\$ (uvicorn|python \S*server\.py)")
+REDIS = re.compile(r"\$ .*redis-server")
+SECONDS = re.compile(r"\b((?:timeout|sleep) )(\d+)")  # in commands
 ENV = {
     **os.environ,
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{Path(redis_executable()).parent}",
     "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.5",
     "UVICORN_LOOP": "asyncio",  # the README's readers have no uvloop, the benchmark's and so the tests' have
+    "PYTHONUNBUFFERED": "",  # or a line and its end are two writes, and another's line may come between
 }
-# What differs from run to run: process ids, the clients' ports, times, shares of payloads, memory.
+# What differs from run to run: process ids, the clients' ports, times, Redis's ids (times too), shares of
+# payloads, memory; and from system to system, how a connection fails.
 VARYING = [
     r"\[\d+\]",
     r"(?<=127\.0\.0\.1:)\d{5}",
     r"(?<=port=)\d{5}",
     r"\d{10}\.\d+",
+    r"\d{13}-\d+",
     r"^\d+(?= payloads$| MB$)",
+    r"(?<=Redis is gone \().*(?=\): )",
+    r"(?<=no Redis at redis://localhost:6379/0 \().*(?=\): )",
 ]
 
 
@@ -49,10 +58,12 @@ def normal(text: str) -> str:
 
 
 def scenarios(readme: Path) -> Iterator[tuple[str, list[str]]]:
-    """A heading, and the console blocks below it that are played together: a server's and its clients'."""
+    """A heading, and the console blocks below it that are played together."""
     for section in re.split(r"^#+ ", readme.read_text(), flags=re.MULTILINE)[1:]:
         blocks = re.findall(r"^```console\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-        starts = [n for n, block in enumerate(blocks) if SERVER.match(block)]
+        redis = next((n for n, block in enumerate(blocks) if REDIS.match(block)), len(blocks))
+        starts = [n for n, block in enumerate(blocks) if n == redis or (n < redis and SERVER.match(block))]
+        assert starts[:1] == [0] or not blocks, f"belongs to no server: {blocks[0]}"
         for start, end in itertools.pairwise([*starts, len(blocks)]):
             yield section.splitlines()[0], blocks[start:end]
 
@@ -60,11 +71,12 @@ def scenarios(readme: Path) -> Iterator[tuple[str, list[str]]]:
 class Terminal:
     """A console block, played."""
 
-    def __init__(self, block: str) -> None:
+    def __init__(self, block: str, folder: str) -> None:
         self.steps = re.split(r"^(\$ .*|\^C)\n", block, flags=re.MULTILINE)[
             1:
         ]  # typed, shown, typed, shown ...
         self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
+        self.env = {**ENV, "TMPDIR": folder}
         self.process: subprocess.Popen[str] | None = None
         self.expected = ""
 
@@ -89,13 +101,14 @@ class Terminal:
 
     def type(self) -> None:
         typed, shown, *self.steps = self.steps
+        typed = SECONDS.sub(lambda found: f"{found[1]}{int(found[2]) * SLOWNESS:g}", typed)
         if typed == "^C":
             assert self.process
             os.killpg(self.process.pid, signal.SIGINT)
         else:
             self.process = subprocess.Popen(
                 ["bash", "-c", "trap : INT; " + typed.removeprefix("$ ")],
-                cwd=ROOT, env=ENV, text=True, start_new_session=True,
+                cwd=ROOT, env=self.env, text=True, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.expected += shown
@@ -108,28 +121,59 @@ class Terminal:
         self.output.close()
 
 
-def served() -> bool:
+@pytest.fixture(autouse=True)
+def _ports() -> Iterator[None]:
+    """Keep other runs of these tests on this machine from the ports, until a test has ended."""
+    with (Path(tempfile.gettempdir()) / f"readme-ports-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def accepts(port: int) -> bool:
     with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", PORT)) == 0
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def start(terminal: Terminal, port: int) -> None:
+    """Type its first command, and wait until somebody accepts connections, or the command has ended."""
+    terminal.type()
+    wait_for(lambda: accepts(port) or not terminal.running(), f"port {port} to answer", 3 * TIMEOUT)
+
+
+def finish(terminals: list[Terminal], deadline: float) -> None:
+    """Type what is left to type, until all have ended or it is too late."""
+    while any(terminal.steps or terminal.running() for terminal in terminals):
+        ready = [terminal for terminal in terminals if terminal.ready()]
+        if any((t.steps or t.running()) and not t.interrupts() for t in terminals):
+            ready = [terminal for terminal in ready if not terminal.interrupts()]
+        if ready:
+            ready[0].type()
+        elif time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
 
 
 def play(blocks: list[str]) -> None:
-    wait_for(lambda: not served(), f"port {PORT}, which the README's commands need, to be free")
-    terminals = [Terminal(block) for block in blocks]
+    ports = [PORT, REDIS_PORT] if any("redis" in block for block in blocks) else [PORT]
+    wait_for(lambda: not any(map(accepts, ports)), f"ports {ports}, which the commands need, to be free")
+    deadline = time.monotonic() + 3 * TIMEOUT
+    folder = tempfile.TemporaryDirectory()  # for what they write
+    terminals = [Terminal(block, folder.name) for block in blocks]
     try:
-        for terminal in terminals:
-            terminal.type()
-            wait_for(served, "the server to accept connections")
-        deadline = time.monotonic() + 3 * TIMEOUT
-        while any(terminal.steps or terminal.running() for terminal in terminals):
-            ready = [terminal for terminal in terminals if terminal.ready()]
-            if any((t.steps or t.running()) and not t.interrupts() for t in terminals):
-                ready = [terminal for terminal in ready if not terminal.interrupts()]
-            if ready:
-                ready[0].type()
-            elif time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
+        playing: list[Terminal] = []
+        for block, terminal in zip(blocks, terminals, strict=True):
+            if REDIS.match(block):
+                start(terminal, REDIS_PORT)
+                continue
+            if SERVER.match(block):
+                finish(playing, deadline)
+                playing = []
+                start(terminal, PORT)
+            else:
+                terminal.type()
+            playing.append(terminal)
+        finish(playing, deadline)
+        finish(terminals, deadline)
         for terminal in terminals:
             assert terminal.shows(r"\Z"), f"printed:\n{terminal.printed()}\nexpected:\n{terminal.expected}"
             assert not terminal.steps, f"not typed: {terminal.steps}"
@@ -137,6 +181,7 @@ def play(blocks: list[str]) -> None:
     finally:
         for terminal in terminals:
             terminal.kill()
+        folder.cleanup()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +225,7 @@ def test_first_command(tmp_path: Path) -> None:
             ["bash", "-c", found[1]], cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            wait_for(lambda: served() or server.poll() is not None, "the server", 60 * SLOWNESS)
+            wait_for(lambda: accepts(PORT) or server.poll() is not None, "the server", 60 * SLOWNESS)
             assert server.poll() is None, log.seek(0) or log.read()
             python = tmp_path / ".venv" / "bin" / "python"
             lines = "".join(f'{{"line": {number}}}\n' for number in range(100))

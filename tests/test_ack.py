@@ -1,0 +1,443 @@
+"""Acknowledgements: what a consumer has not settled when its connection ends comes again; none is lost."""
+
+import asyncio
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+
+from tests.checks import (
+    Leaving,
+    check_a_killed_consumer_takes_nothing,
+    check_forbidden,
+    check_foreign_page_is_refused,
+    end,
+    flood,
+    leave_politely,
+)
+from tests.harness import (
+    ACKING,
+    CONSUMER,
+    MAX_PREFETCH,
+    PRODUCER,
+    SLOWNESS,
+    Script,
+    Server,
+    arrived,
+    client,
+    consumer,
+    drain,
+    narrow,
+    numbered,
+    produce,
+    receive,
+    reset,
+    running,
+    settled,
+    until,
+    vanish,
+    with_options,
+)
+
+LOAD_SECONDS = 5  # for which consumers are killed under load
+PING = ["--ws-ping-interval", "1", "--ws-ping-timeout", str(1 * SLOWNESS)]
+
+pytestmark = pytest.mark.parametrize("command", ACKING, indirect=True)
+
+
+async def queued(server: Server, count: int) -> None:
+    await until(lambda: server.queued() == count, f"{count} queued payloads")
+
+
+async def check_nothing_comes_again(server: Server) -> None:
+    """The next payload is what the next consumer gets first."""
+    await produce(server, ['"new"'])
+    assert await settled(server) == 1
+    assert await drain(server) == ['"new"']
+
+
+async def be_refused(websocket: ClientConnection) -> None:
+    await websocket.send("nack")
+    await websocket.wait_closed()
+    assert websocket.close_code == 1008
+
+
+WAYS: list[Leaving] = [leave_politely, vanish, reset, be_refused]
+ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+
+
+# Prefetch
+
+
+@pytest.mark.parametrize("prefetch", [None, 1, 2, 8, 100, MAX_PREFETCH])
+async def test_no_more_is_sent_ahead_than_the_consumer_asked_for(
+    server: Server, prefetch: int | None
+) -> None:
+    """One payload where it asked for nothing. Each acknowledgement lets exactly one more come."""
+    window = prefetch or 1
+    payloads = numbered(window + 10)
+    async with consumer(server, prefetch) as taker:
+        await produce(server, payloads)
+        assert await settled(server) == 10
+        assert await arrived(taker.websocket) == payloads[:window]
+        for sent in (window, window + 1):
+            await taker.websocket.send("ack")
+            await queued(server, window + 9 - sent)
+            assert await settled(server) == window + 9 - sent
+            assert await arrived(taker.websocket) == payloads[sent : sent + 1]
+    await queued(server, window + 8)
+    assert await drain(server) == payloads[2:]
+
+
+async def test_acknowledgements_may_come_together_and_in_parts(server: Server) -> None:
+    """Six of them are six, however they are framed."""
+    payloads = numbered(20)
+    async with consumer(server, 8) as taker:
+        await produce(server, payloads)
+        assert [await receive(taker.websocket) for _ in range(8)] == payloads[:8]
+        for _ in range(4):
+            await taker.websocket.send("ack")
+        await taker.websocket.send(["a", "ck"])
+        await taker.websocket.send(["", "ack", ""])
+        assert [await receive(taker.websocket) for _ in range(6)] == payloads[8:14]
+        assert await settled(server) == 6
+        assert await arrived(taker.websocket) == []
+        await taker.websocket.close()
+        assert taker.websocket.close_code == 1000
+    await queued(server, 14)
+    assert await drain(server) == payloads[6:]
+
+
+@pytest.mark.parametrize("prefetch", ["0", "1001", "-1", "x", "", "1.5"])
+async def test_a_prefetch_that_is_none_is_refused(server: Server, prefetch: str) -> None:
+    """With 1008 and a reason that names it, after the handshake, where a client can read both."""
+    await produce(server, ["1"])
+    async with client(server, f"{CONSUMER}?prefetch={prefetch}") as websocket:
+        with pytest.raises(ConnectionClosed):
+            await receive(websocket)
+        assert websocket.close_code == 1008
+        assert websocket.close_reason
+        assert "prefetch" in websocket.close_reason
+    await check_foreign_page_is_refused(server, f"{CONSUMER}?prefetch={prefetch}", "http://evil.example")
+    assert await drain(server) == ["1"]
+
+
+async def test_an_acknowledgement_of_nothing_is_refused(server: Server) -> None:
+    """With 1008: a client that counts wrongly hears of it before it settles what it never had."""
+    await check_forbidden(server, "ack", unsettled=0)
+
+
+async def test_two_acknowledgements_of_one_payload_are_refused(server: Server) -> None:
+    """The first counts."""
+    await produce(server, ["1", "2"])
+    async with consumer(server, 2) as taker:
+        assert await taker.payloads(2) == ["1", "2"]
+        await taker.websocket.send("ack")
+        await taker.websocket.wait_closed()
+        assert taker.websocket.close_code == 1008
+    await check_nothing_comes_again(server)
+
+
+async def test_stats_count_what_waits_and_not_what_is_unsettled(server: Server) -> None:
+    """A payload is queued until it is sent, and again when it comes back."""
+    async with consumer(server, 3) as taker:
+        await produce(server, numbered(5))
+        assert await settled(server) == 2
+        await taker.payloads(1)
+        assert await settled(server) == 1
+        await taker.payloads(2)
+        assert await settled(server) == 0
+        assert [await receive(taker.websocket) for _ in range(2)] == numbered(2, start=3)
+    await queued(server, 2)
+
+
+# What comes back
+
+
+@ways
+async def test_what_is_unsettled_goes_back_to_the_front(server: Server, way: Leaving) -> None:
+    """However the connection ends: in its old order, before what is newer. What is settled does not."""
+    payloads = numbered(30)
+    async with consumer(server, 10) as taker:
+        await produce(server, payloads[:20])
+        assert await taker.payloads(5) == payloads[:5]
+        await queued(server, 5)
+        await way(taker.websocket)
+        await queued(server, 15)
+    await produce(server, payloads[20:])
+    assert await drain(server) == payloads[5:]
+
+
+@ways
+async def test_what_is_unsettled_goes_to_a_consumer_that_waits(server: Server, way: Leaving) -> None:
+    """It need not wait for a new payload or a new consumer."""
+    payloads = numbered(10)
+    async with consumer(server, 10) as one:
+        await produce(server, payloads)
+        assert [await receive(one.websocket) for _ in payloads] == payloads
+        async with consumer(server) as other:
+            await way(one.websocket)
+            assert await other.payloads(10) == payloads
+    await check_nothing_comes_again(server)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_what_two_consumers_left_comes_in_its_old_order(server: Server, first: int) -> None:
+    """Two consumers hold every other payload each; whichever leaves first, the next gets them one by one."""
+    payloads = numbered(50)
+    async with consumer(server, 10) as one, AsyncExitStack() as stack:
+        await produce(server, payloads[:10])
+        await queued(server, 0)  # so one has ten of them, and no room
+        other = await stack.enter_async_context(consumer(server, 10))
+        await produce(server, payloads[10:20])
+        await queued(server, 0)
+        for number in range(20, 40):  # an acknowledgement lets its consumer alone have the next
+            await (one, other)[number % 2].payload()
+            await produce(server, [payloads[number]])
+            await queued(server, 0)
+        assert await arrived(one.websocket) == payloads[20:40:2]
+        assert await arrived(other.websocket) == payloads[21:40:2]
+        await produce(server, payloads[40:])
+        await (vanish if first else reset)((one, other)[first].websocket)
+        await queued(server, 20)
+        await (reset if first else vanish)((other, one)[first].websocket)
+        await queued(server, 30)
+    assert await drain(server) == payloads[20:]
+
+
+async def test_it_comes_back_as_often_as_it_has_to(server: Server) -> None:
+    """After 20 consumers that settled one payload each and left."""
+    payloads = numbered(40)
+    await produce(server, payloads)
+    for number in range(20):
+        async with consumer(server, 8) as taker:
+            assert await taker.payload() == payloads[number]
+            await (await taker.websocket.ping())  # a reset would overtake what was said before
+            await WAYS[number % len(WAYS)](taker.websocket)
+            await queued(server, 39 - number)
+    assert await drain(server) == payloads[20:]
+
+
+async def test_the_pings_find_a_consumer_that_hangs(command: list[str]) -> None:
+    """A client process that is stopped answers no ping: after the timeout others get what it has."""
+    payloads = numbered(5)
+    with running(with_options(command, *PING)) as server:
+        address = server.url(CONSUMER) + "?prefetch=3"
+        with closing(Script(address, "--ack")) as script:
+            await produce(server, ["0"])
+            await script.prints(1)
+            script.process.send_signal(signal.SIGSTOP)
+            await produce(server, payloads)
+            assert await settled(server) == 2
+            async with consumer(server) as taker:
+                assert await taker.payloads(2) == payloads[3:]
+                assert await taker.payloads(3) == payloads[:3]
+        assert "Traceback" not in server.log
+
+
+@contextmanager
+def impatient(command: list[str], seconds: float) -> Iterator[Server]:
+    """A server that gives consumers up whose socket has been full for so long."""
+    [app] = [word for word in command if word.endswith(":app")]
+    module = app.removesuffix(":app")
+    start = f"""if True:
+        import sys, uvicorn, {module} as server
+        server.SEND_TIMEOUT = {seconds * SLOWNESS}
+        uvicorn.run(server.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
+    with running([sys.executable, "-c", start]) as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+async def test_a_consumer_that_does_not_read_is_given_up(command: list[str]) -> None:
+    """Its socket is full, so no ping reaches it either. What it has goes to others, in order.
+
+    One that has read all it may have, and does not acknowledge it, is not given up.
+    """
+    payloads = numbered(300, 50_000)
+    async with AsyncExitStack() as stack:
+        server = stack.enter_context(impatient(command, 1))
+        patient = await stack.enter_async_context(consumer(server))
+        await produce(server, ['"patient"'])
+        assert await receive(patient.websocket) == '"patient"'
+        async with consumer(server, 1000, sock=narrow(server), max_queue=1) as stuck:
+            await produce(server, payloads)
+            await queued(server, len(payloads))
+            assert await drain(server) == payloads
+            stuck.websocket.transport.abort()
+        await patient.websocket.send("ack")
+        await produce(server, ["1"])
+        assert await patient.payload() == "1"
+
+
+async def test_a_consumer_that_reads_slowly_is_not_given_up(command: list[str]) -> None:
+    """Its socket is full for longer than the timeout, but never for so long at a stretch.
+
+    A stretch ends when a third of what the operating system holds for it, some megabytes, has been read.
+    """
+    payloads = numbered(300, 50_000)
+    with impatient(command, 2) as server:
+        async with consumer(server, 1000, sock=narrow(server), max_queue=1) as slow:
+            await produce(server, payloads)
+            deadline = time.monotonic() + 3 * SLOWNESS
+            received = []
+            for _ in payloads:
+                received.append(await slow.payload())
+                if time.monotonic() < deadline:
+                    await asyncio.sleep(0.01 * SLOWNESS)  # slow is what it is
+            assert received == payloads
+
+
+# Nothing is lost
+
+
+async def test_consumers_killed_under_load_lose_nothing(command: list[str]) -> None:
+    """Three client processes with 64 payloads each, one killed after the other: each payload is settled.
+
+    Twice comes only what a killed one had not settled, so none but the last 64 that it printed.
+    """
+    rng = random.Random(1)
+    echoed: list[str] = []
+    flowing = True
+
+    async def send(server: Server) -> None:
+        number = 0
+        while flowing:
+            async with client(server, PRODUCER) as producer:
+                with suppress(ConnectionClosed):  # 1013, where all consumers are just being replaced
+                    while flowing:
+                        batch = [str(number + n) for n in range(100)]
+                        number += 100
+                        for payload in batch:
+                            await producer.send(payload)
+                        for payload in batch:
+                            assert await receive(producer) == payload
+                            echoed.append(payload)
+
+    with running(command) as server:
+        async with AsyncExitStack() as stack:
+
+            def start() -> Script:
+                script = Script(server.url(CONSUMER) + "?prefetch=64", "--ack")
+                stack.callback(script.close)
+                return script
+
+            scripts = [start() for _ in range(3)]
+            killed: list[Script] = []
+            sending = asyncio.create_task(send(server))
+            deadline = time.monotonic() + LOAD_SECONDS
+            while time.monotonic() < deadline or len(killed) < 6:
+                victim = scripts.pop(rng.randrange(3))
+                await victim.prints(rng.randrange(1, 300))
+                victim.process.kill()
+                killed.append(victim)
+                scripts.append(start())
+            flowing = False
+            await sending
+
+            def missing() -> set[str]:
+                return set(echoed).difference(*(script.lines for script in [*killed, *scripts]))
+
+            await until(lambda: server.queued() == 0 and not missing(), f"the rest: {missing()}")
+            times = Counter(payload for script in [*killed, *scripts] for payload in script.lines)
+            unsettled = {payload for script in killed for payload in script.lines[-64:]}
+        assert "Traceback" not in server.log
+    assert len(echoed) > 1000
+    assert {payload for payload in times if times[payload] > 1} <= unsettled
+
+
+async def test_a_killed_consumer_takes_nothing_with_it(command: list[str]) -> None:
+    """One that stopped reading, with 20,000 small payloads sent: the other gets all of them."""
+    with running(command) as server:
+        await check_a_killed_consumer_takes_nothing(server)
+
+
+async def test_the_client_settles_what_it_has_printed(server: Server) -> None:
+    """`ws_consumer_client.py --ack` prints three payloads, and they never come again."""
+    await produce(server, numbered(5))
+    with closing(Script(server.url(CONSUMER), "--ack", "--count", "3")) as script:
+        assert await script.ends() == 0
+        assert script.lines == numbered(3)
+    await queued(server, 2)
+    assert await drain(server) == numbered(2, start=3)
+
+
+async def test_without_ack_the_client_gets_one_payload(server: Server) -> None:
+    """The one goes to the next when the client ends."""
+    await produce(server, numbered(5))
+    with closing(Script(server.url(CONSUMER))) as script:
+        await script.prints(1)
+        assert await settled(server) == 4
+        assert script.lines == numbered(1)
+    await queued(server, 5)
+    assert await drain(server) == numbered(5)
+
+
+# Room
+
+
+async def fill(server: Server) -> int:
+    """Send until the server says that the queue is full. How many payloads it took."""
+    async with client(server, PRODUCER) as producer:
+        echoed, _ = await flood(producer, numbered(server.capacity + 500))
+        assert producer.close_code == 1013
+    return echoed
+
+
+async def test_what_comes_back_needs_no_room(server: Server) -> None:
+    """It may exceed the capacity, and then producers wait until the queue is below it again."""
+    old, backlog = numbered(100), numbered(server.capacity, start=100)
+    async with consumer(server, 100) as taker:
+        await produce(server, old)
+        await queued(server, 0)
+        await produce(server, backlog)
+        await vanish(taker.websocket)
+        await queued(server, server.capacity + 100)
+    async with client(server, PRODUCER) as producer, consumer(server) as taker:
+        assert await taker.payloads(99) == old[:99]
+        assert await settled(server) == server.capacity
+        await producer.send('"patient"')
+        for _ in range(3):  # turns for the server
+            assert await asyncio.to_thread(server.queued) == server.capacity
+        assert await taker.payload() == old[99]
+        assert await receive(producer) == '"patient"'
+    await queued(server, server.capacity + 1)
+    assert await drain(server) == [*backlog, '"patient"']
+
+
+async def test_room_is_neither_lost_nor_made(server: Server) -> None:
+    """After 50 consumers took 20 payloads, and left them, exactly the capacity fits into the queue."""
+    await produce(server, numbered(20))
+    for number in range(50):
+        async with consumer(server, 20) as taker:
+            assert [await receive(taker.websocket) for _ in range(20)] == numbered(20)
+            await WAYS[number % len(WAYS)](taker.websocket)
+        await queued(server, 20)
+    assert await drain(server) == numbered(20)
+    assert await fill(server) == server.capacity
+    assert server.queued() == server.capacity
+    assert await drain(server) == numbered(server.capacity)
+
+
+# The end
+
+
+async def test_what_is_unsettled_at_the_end_is_counted(fresh: Server) -> None:
+    """Ctrl+C: what consumers have not acknowledged was still queued; they are told with 1012."""
+    payloads = numbered(30)
+    async with consumer(fresh, 10) as one, consumer(fresh, 5) as other:
+        await produce(fresh, payloads)
+        await queued(fresh, 15)
+        await one.payloads(2)
+        await queued(fresh, 13)
+        assert await end(fresh, signal.SIGINT, 1) == 28
+        for taker in (one, other):
+            await taker.websocket.wait_closed()
+            assert taker.websocket.close_code == 1012

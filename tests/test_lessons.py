@@ -1,0 +1,110 @@
+"""Every lesson can be copied out: it stands alone, says what it needs, and the ladder lists it."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.harness import ROOT
+
+LESSONS = sorted((ROOT / "lessons").glob("*.py"))
+OURS = {path.stem for path in [*ROOT.glob("*.py"), *LESSONS]} | {"bench", "lessons", "tests"}
+
+
+def listed(file: Path) -> dict[str, Requirement]:
+    """What a requirements.txt lists, by name, and the files that it includes."""
+    found = {}
+    for line in file.read_text().splitlines():
+        if line.startswith("-r "):
+            found.update(listed(file.parent / line.removeprefix("-r ")))
+        elif line:
+            requirement = Requirement(line)
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def block(lesson: Path) -> dict[str, object]:
+    """Its PEP 723 block, read as that document says."""
+    [found] = re.finditer(
+        r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", lesson.read_text()
+    )
+    assert found["type"] == "script"
+    lines = found["content"].splitlines()
+    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+
+
+def dependencies(lesson: Path) -> list[Requirement]:
+    needed = block(lesson)["dependencies"]
+    assert isinstance(needed, list)
+    return [Requirement(line) for line in needed]
+
+
+def installed_with(requirements: list[Requirement]) -> set[str]:
+    """The names of all distributions that come with these."""
+    todo, seen = list(requirements), set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) not in seen:
+            seen.add((name, *requirement.extras))
+            for line in requires(name) or []:
+                further = Requirement(line)
+                extras = ["", *requirement.extras]
+                if not further.marker or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                    todo.append(further)
+    return {name for name, *_ in seen}
+
+
+def imports(lesson: Path) -> Iterator[str]:
+    """The top-level modules that it imports."""
+    for node in ast.walk(ast.parse(lesson.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            yield (node.module or "").partition(".")[0]
+
+
+def test_ladder() -> None:
+    """The table in the lessons' README has a row for each lesson, and for nothing else."""
+    readme = (ROOT / "lessons" / "README.md").read_text()
+    table = readme[: readme.index("\n## ")]
+    rows = re.findall(r"^\| \[`(\S+)`\]\(#(\S+)\)", table, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == [lesson.name for lesson in LESSONS]
+    headings = re.findall(r"^## (.*)", readme, re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    assert [anchor for _, anchor in rows] == anchors
+
+
+def test_requirements() -> None:
+    """lessons/requirements.txt lists what the lessons need, and nothing else."""
+    needed = {canonicalize_name(needs.name) for lesson in LESSONS for needs in dependencies(lesson)}
+    assert needed == listed(ROOT / "lessons" / "requirements.txt").keys()
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_dependencies(lesson: Path) -> None:
+    """Its PEP 723 block agrees with requirements.txt, and covers what it imports."""
+    assert block(lesson)["requires-python"] == ">=3.11"
+    known = listed(ROOT / "lessons" / "requirements.txt")
+    needed = dependencies(lesson)
+    assert needed == [known[canonicalize_name(needs.name)] for needs in needed]
+    present = installed_with(needed)
+    distributions = packages_distributions()
+    for module in set(imports(lesson)) - sys.stdlib_module_names:
+        assert present & {canonicalize_name(name) for name in distributions.get(module, [])}, module
+    if "uvicorn" in present:
+        assert "websockets" in present, "uvicorn needs it for websockets"
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_stands_alone(lesson: Path) -> None:
+    """It imports no other file of the project."""
+    assert not set(imports(lesson)) & OURS

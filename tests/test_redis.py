@@ -1,0 +1,750 @@
+"""What lessons/redis_server.py promises beyond the contract: one queue for many servers; any may die."""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from tests.checks import end, flood
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    ROOT,
+    SERVERS,
+    SLOWNESS,
+    TIMEOUT,
+    Redis,
+    Script,
+    Server,
+    client,
+    consumer,
+    drain,
+    free_port,
+    gone,
+    port,
+    produce,
+    receive,
+    receive_all,
+    running,
+    until,
+    uvicorn_command,
+    vanish,
+    wait_for,
+    with_options,
+)
+
+COMMAND = SERVERS["redis_server.py"]
+SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
+CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits for it
+REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
+PATIENCE = 1 * SLOWNESS  # seconds after which nginx gives up a connection on which nothing comes
+PING_INTERVAL = 0.25 * SLOWNESS  # seconds
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+NGINX_MAIN = """
+daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {}
+http {
+    access_log off;
+    client_body_temp_path temp;
+    proxy_temp_path temp;
+    fastcgi_temp_path temp;
+    uwsgi_temp_path temp;
+    scgi_temp_path temp;
+    include queue.conf;
+}
+"""
+NGINX_CONF = """\
+map $http_upgrade $connection_upgrade {
+    default upgrade;
+    ''      close;
+}
+
+upstream queue {
+    server 10.0.0.1:8000;
+    server 10.0.0.2:8000;
+}
+
+server {
+    listen 80;
+
+    location / {
+        proxy_pass http://queue;
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_upgrade;
+        proxy_set_header Host $http_host;  # with its port: the server compares it with a page's Origin
+        proxy_read_timeout 60s;  # longer than the 20 s after which uvicorn sends a ping
+    }
+}
+"""
+
+
+class Stream:
+    """A queue, seen in Redis."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client: Any = redis.Redis.from_url(url, decode_responses=True)  # Any: some answers are awaitable
+
+    def length(self) -> int:
+        return int(self.client.xlen("queue"))
+
+    def pending(self) -> int:
+        return int(self.client.xpending("queue", "workers")["pending"])
+
+    def is_empty(self) -> bool:
+        return self.length() == self.pending() == 0
+
+    def workers(self) -> set[str]:
+        """The names in the consumer group, but for the one that is no worker."""
+        return {row["name"] for row in self.client.xinfo_consumers("queue", "workers")} - {"returned"}
+
+    def connections(self) -> int:
+        """How many connections to its database there are, but for our own."""
+        database = self.url.rpartition("/")[2]
+        return sum(int(row["db"] == database) for row in self.client.client_list()) - 1
+
+    def is_watched(self) -> bool:
+        """Whether a worker waits for payloads: it has a call to Redis that blocks."""
+        database = self.url.rpartition("/")[2]
+        return any(row["db"] == database and "b" in row["flags"] for row in self.client.client_list())
+
+
+@contextmanager
+def running_together(commands: list[list[str]], url: str) -> Iterator[list[Server]]:
+    """Several servers with one Redis, which start at the same time."""
+    servers = []
+    with ExitStack() as stack:
+        for command in commands:
+            servers.append(Server(command, env={"REDIS_URL": url}))
+            stack.callback(servers[-1].kill)
+        for server in servers:
+            server.wait_ready()
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Redis]:
+    """A Redis that tests may kill, and must start again."""
+    broker = Redis()
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="module")
+def stream(broker: Redis) -> Iterator[Stream]:
+    """The queue of the two servers that tests share."""
+    stream = Stream(broker.url())
+    yield stream
+    stream.client.close()
+
+
+def shortened(folder: Path, **constants: float) -> list[str]:
+    """The command of a copy of the lesson, which does not take as long for some things."""
+    code = (ROOT / "lessons/redis_server.py").read_text()
+    for name, value in constants.items():
+        code, count = re.subn(rf"(?m)^{name} = \d+ ", f"{name} = {math.ceil(value)} ", code)
+        assert count == 1, f"no constant {name}"
+    (folder / "apps").mkdir()
+    (folder / "apps/shortened.py").write_text(code)
+    (folder / "web").symlink_to(ROOT / "web")
+    return with_options(uvicorn_command("shortened:app"), "--app-dir", str(folder / "apps"))
+
+
+@pytest.fixture(scope="module")
+def shared(stream: Stream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    command = shortened(tmp_path_factory.mktemp("shared"), TIMEOUT=REDIS_TIMEOUT)
+    command = with_options(command, "--ws-ping-interval", str(PING_INTERVAL))
+    with running_together([command] * 2, stream.url) as servers:
+        yield servers
+
+
+@pytest.fixture
+async def pair(shared: list[Server]) -> AsyncIterator[list[Server]]:
+    """Two servers, one queue, which is empty. They must come through the test without a traceback."""
+    marks = [len(server.log) for server in shared]
+    yield shared
+    await drain(shared[0])  # of a test that failed
+    for server, mark in zip(shared, marks, strict=True):
+        assert "Traceback" not in server.log[mark:], server.log[mark:]
+
+
+@pytest.fixture(scope="module")
+def crew_stream(broker: Redis) -> Iterator[Stream]:
+    stream = Stream(broker.url())
+    yield stream
+    stream.client.close()
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a server that claims what a silent worker has after CLAIM_AFTER."""
+    return shortened(tmp_path_factory.mktemp("impatient"), CLAIM_AFTER=CLAIM_AFTER)
+
+
+@pytest.fixture(scope="module")
+def crew(impatient: list[str], crew_stream: Stream) -> Iterator[Server]:
+    """An impatient server with two workers, which uvicorn replaces when they are killed."""
+    with running(with_options(impatient, "--workers", "2"), env={"REDIS_URL": crew_stream.url}) as server:
+        wait_for(lambda: serving(server) == 2, "both workers")
+        yield server
+        assert "Traceback" not in server.log
+
+
+def serving(server: Server) -> int:
+    """How many workers have started, those included that were killed since."""
+    return server.log.count("Application startup complete")
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    return [process for process in server.processes() if "spawn_main" in " ".join(process.cmdline())]
+
+
+def worker(server: Server, websocket: ClientConnection) -> psutil.Process:
+    """The one that has this connection."""
+    [process] = [
+        process
+        for process in workers(server)
+        if any(conn.raddr and conn.raddr.port == port(websocket) for conn in process.net_connections("tcp"))
+    ]
+    return process
+
+
+def lose(broker: Redis, how: str) -> None:
+    """Make Redis go away: `killed`, `emptied` (it will come back with nothing), or `stopped`."""
+    if how == "stopped":
+        broker.stop()
+    elif how == "killed":
+        broker.kill()
+    else:
+        once = Retry(NoBackoff(), 0)
+        with suppress(redis.ConnectionError), redis.Redis(port=broker.port, retry=once) as connection:
+            pipe = connection.pipeline(transaction=False)  # the servers get no word in between the two
+            pipe.flushall().execute_command("SHUTDOWN", "NOSAVE")
+            pipe.execute()
+        broker.kill()
+
+
+def restore(broker: Redis, how: str) -> None:
+    if how == "stopped":
+        broker.go_on()
+    else:
+        broker.start()
+
+
+async def test_payloads_go_from_any_server_to_any(pair: list[Server]) -> None:
+    """What either server is sent comes out at either, in the order of the receipts."""
+    one, other = pair
+    async with consumer(other) as taker:
+        for _ in range(3):
+            await produce(one, ["1"])
+            async with asyncio.timeout(SOON):
+                assert await taker.payload() == "1"
+    payloads = [str(number) for number in range(10)]
+    for number, payload in enumerate(payloads):
+        await produce(pair[number % 2], [payload])
+    assert await drain(one) == payloads
+
+
+async def test_what_a_departed_consumer_had_goes_at_once_to_another_server(pair: list[Server]) -> None:
+    """A consumer that waits at another server has it within half a second, in order."""
+    one, other = pair
+    payloads = [str(number) for number in range(5)]
+    async with client(one, CONSUMER + "?prefetch=5") as holder:
+        await produce(other, payloads)
+        assert [await receive(holder) for _ in payloads] == payloads
+        async with consumer(other) as taker:
+            await (await taker.websocket.ping())
+            await vanish(holder)
+            async with asyncio.timeout(SOON):
+                assert await taker.payloads(5) == payloads
+
+
+async def test_what_comes_back_goes_before_newer_payloads(pair: list[Server]) -> None:
+    """Another server's consumer, busy when five payloads come back, then gets these before all newer ones."""
+    one, other = pair
+    payloads = [str(number) for number in range(10)]
+    async with client(one, CONSUMER + "?prefetch=5") as holder:
+        await produce(one, payloads[:5])
+        assert [await receive(holder) for _ in range(5)] == payloads[:5]
+        async with client(other, CONSUMER) as taker:
+            await produce(one, payloads[5:])
+            order = [await receive(taker)]
+            await vanish(holder)
+            await until(lambda: other.queued() == 9, "the five to come back", SOON)
+            for _ in range(9):
+                await taker.send("ack")
+                order.append(await receive(taker))
+            await taker.send("ack")
+    assert order == ["5", *payloads[:5], *payloads[6:]]
+
+
+async def test_a_server_that_ends_gives_back_what_it_had(pair: list[Server], stream: Stream) -> None:
+    """What its consumer had comes at once, and first, at another server; Redis forgets the worker."""
+    payloads = [str(number) for number in range(10)]
+    before = stream.workers()
+    with running(COMMAND, env={"REDIS_URL": stream.url}) as leaver:
+        async with client(leaver, CONSUMER + "?prefetch=5") as holder:
+            await produce(leaver, payloads)
+            assert [await receive(holder) for _ in range(5)] == payloads[:5]
+            assert len(stream.workers() - before) == 1
+            assert await end(leaver, signal.SIGINT, 2) == 10
+    assert stream.workers() <= before
+    async with asyncio.timeout(SOON):
+        assert await drain(pair[0]) == payloads
+
+
+async def test_what_is_on_its_way_to_a_consumer_that_leaves_comes_back(
+    pair: list[Server], broker: Redis, stream: Stream
+) -> None:
+    """Payloads that Redis hands over when their consumer has left already go to the next."""
+    payloads = [str(number) for number in range(5)]
+    await produce(pair[0], payloads)
+    await until(lambda: not stream.is_watched(), "the workers to have nothing to do")
+    broker.stop()
+    try:
+        async with client(pair[0], CONSUMER + "?prefetch=5") as leaver:
+            await (await leaver.ping())
+        await gone(pair[0], {port(leaver)})
+    finally:
+        broker.go_on()
+    async with consumer(pair[1]) as taker, asyncio.timeout(SOON):
+        assert await taker.payloads(5) == payloads
+
+
+async def test_what_is_settled_is_gone(pair: list[Server], stream: Stream) -> None:
+    """After the last acknowledgement Redis has no payload, and nothing that a worker has yet to settle."""
+    payloads = [str(number) for number in range(300)]
+    async with consumer(pair[0], prefetch=10) as here, consumer(pair[1]) as there:
+        taking = [asyncio.create_task(taker.payloads(300)) for taker in (here, there)]
+        await produce(pair[0], payloads)
+        await until(stream.is_empty, "the queue to be empty")
+        for task in taking:
+            task.cancel()
+        await asyncio.gather(*taking, return_exceptions=True)
+
+
+async def test_a_receipt_says_that_redis_has_the_payload(
+    pair: list[Server], broker: Redis, stream: Stream
+) -> None:
+    """With each receipt the payload is in the stream; while Redis answers nothing there is no receipt."""
+    async with client(pair[0], PRODUCER) as producer:
+        for number in range(1, 21):
+            await producer.send(str(number))
+            assert await receive(producer) == str(number)
+            assert stream.length() == number
+        broker.stop()
+        try:
+            await producer.send("21")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2 * SLOWNESS):
+                    await producer.recv()
+        finally:
+            broker.go_on()
+        assert await receive(producer) == "21"
+    assert await drain(pair[1]) == [str(number) for number in range(1, 22)]
+
+
+async def test_capacity_is_for_all_servers_together(pair: list[Server], stream: Stream) -> None:
+    """Two floods, at two servers: never do more than CAPACITY payloads wait, and both producers get 1013."""
+    payloads = [str(number) for number in range(5000)]
+    most = 0
+    async with client(pair[0], PRODUCER) as one, client(pair[1], PRODUCER) as other:
+        floods = [asyncio.create_task(flood(producer, payloads)) for producer in (one, other)]
+        while not all(task.done() for task in floods):
+            most = max(most, stream.length())
+            await asyncio.sleep(0.005)
+        echoed = [(await task)[0] for task in floods]
+        for producer in (one, other):
+            assert producer.close_code == 1013
+            assert producer.close_reason
+            assert "full" in producer.close_reason
+    assert most == sum(echoed) == pair[0].capacity
+    received = await drain(pair[1])
+    assert sorted(received) == sorted(payloads[: echoed[0]] + payloads[: echoed[1]])
+
+
+async def test_thousand_parked_consumers(broker: Redis) -> None:
+    """They need three connections to Redis and no CPU, and each gets its payload."""
+    stream = Stream(broker.url())
+    with closing(stream.client), running(COMMAND, env={"REDIS_URL": stream.url}) as server:
+        parked = park(server, 1000)
+        await until(lambda: busy(server, 0.5) < 0.1, "the server to be idle")
+        batches = [[str(number) for number in range(start, start + 100)] for start in range(0, 1000, 100)]
+        await asyncio.gather(*(produce(server, batch) for batch in batches))
+        received = [json.loads(sock.recv(100)[2:]) for sock in parked]
+        assert sorted(received) == list(range(1000))
+        assert 1 <= stream.connections() <= 3
+        for sock in parked:
+            sock.close()
+        await until(lambda: server.queued() == 1000, "all of it to come back")
+
+
+def park(server: Server, count: int) -> list[socket.socket]:
+    """Consumers that wait for a payload, without what a websocket's client costs."""
+    sockets = [socket.create_connection(("127.0.0.1", server.port), TIMEOUT) for _ in range(count)]
+    for sock in sockets:
+        sock.sendall(
+            f"GET {CONSUMER} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+        )
+    for sock in sockets:
+        answer = sock.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 101 "), answer
+        assert answer.endswith(b"\r\n\r\n")
+    return sockets
+
+
+def busy(server: Server, seconds: float) -> float:
+    """The share of one core that the server uses."""
+
+    def used() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in server.processes())
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_redis_at_the_start(count: int) -> None:
+    """All workers end, and one says in a line where it looked and what to start; no password is logged."""
+    address = f"127.0.0.1:{free_port()}/0"
+    command = with_options(COMMAND, "--workers", str(count))
+    server = Server(command, env={"REDIS_URL": f"redis://somebody:s3cret@{address}?password=s3cret"})
+    try:
+        assert server.ends_within(10) is not None
+        wait_for(lambda: not server.processes(), "all to end")
+        if count == 1:  # else uvicorn's parent process ends with 0, whatever its workers ended with
+            assert server.process.returncode == 3
+        [line] = [line for line in server.log.splitlines() if "no Redis at" in line]
+        assert line.startswith("ERROR:")
+        assert address in line
+        assert "start redis-server" in line
+        assert "Traceback" not in server.log
+        assert "s3cret" not in server.log
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "emptied"])
+async def test_redis_goes_and_comes_back(pair: list[Server], broker: Redis, stream: Stream, how: str) -> None:
+    """Producers get 1013, consumers wait; then all goes on, with a line for each of the two in the log.
+
+    What consumers acknowledged meanwhile is settled then, and what those had that left goes to others.
+    """
+    one, other = pair
+    async with AsyncExitStack() as stack:
+        holders = [await stack.enter_async_context(client(one, CONSUMER + "?prefetch=2")) for _ in range(2)]
+        await produce(other, ["1"] * 4)
+        assert [await receive(holder) for holder in holders * 2] == ["1"] * 4
+        taker = await stack.enter_async_context(consumer(other))
+        producers = [await stack.enter_async_context(client(server, PRODUCER)) for server in pair * 8]
+        marks = [len(server.log) for server in pair]
+        lose(broker, how)
+        lost = time.monotonic()
+        try:
+            pages = asyncio.gather(*(asyncio.to_thread(server.get, "/stats") for server in pair))
+            for producer in producers:
+                await producer.send("2")
+            for producer in producers:
+                assert await receive_all(producer) == [], "a receipt for what Redis does not have"
+                assert producer.close_code == 1013
+                assert producer.close_reason
+                assert "Redis" in producer.close_reason
+            assert [status for status, _, _ in await pages] == [503, 503]
+            assert time.monotonic() - lost < 1.5 * REDIS_TIMEOUT
+            for websocket in (*holders, taker.websocket):
+                await (await websocket.ping())
+            for _ in range(2):
+                await holders[0].send("ack")
+            await holders[0].close()
+            await vanish(holders[1])
+            await gone(one, {port(holder) for holder in holders})
+        finally:
+            restore(broker, how)
+        for server in pair:
+            await produce(server, ["3"])
+        expected = Counter({"3": 2} if how == "emptied" else {"1": 2, "3": 2})
+        received: Counter[str] = Counter()
+        while not received >= expected:
+            received[await taker.payload()] += 1
+        if how == "stopped":
+            del received["2"]  # a payload without a receipt may be there or not
+        assert received == expected
+        await until(stream.is_empty, "the queue to be empty")
+        for server, mark in zip(pair, marks, strict=True):
+            log = server.log[mark:]
+            assert re.findall("ERROR|Redis is gone|Redis is back", log) == [
+                *("ERROR", "Redis is gone", "Redis is back")
+            ], log
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_ctrl_c_while_redis_is_gone(broker: Redis, how: str) -> None:
+    """The server ends all the same, and without a traceback, though a producer waits for its receipt."""
+    with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+        async with consumer(server), client(server, PRODUCER), client(server, PRODUCER) as producer:
+            lose(broker, how)
+            try:
+                await producer.send("1")
+                server.interrupt()
+                took = await asyncio.to_thread(server.ends_within, 3)
+            finally:
+                restore(broker, how)
+        assert took is not None, server.log
+        await until(lambda: not server.processes(), "all to end")
+        assert "Traceback" not in server.log
+
+
+async def test_what_is_on_its_way_to_a_server_that_ends_comes_back(
+    crew: Server, crew_stream: Stream, impatient: list[str], broker: Redis
+) -> None:
+    """Payloads that Redis hands over to a server that is ending go to another one's consumer."""
+    payloads = [str(number) for number in range(5)]
+    await produce(crew, payloads)
+    with running(impatient, env={"REDIS_URL": crew_stream.url}) as leaver:
+        broker.stop()
+        try:
+            async with client(leaver, CONSUMER + "?prefetch=5") as holder:
+                await (await holder.ping())
+                leaver.interrupt()
+                await until(lambda: "Waiting for application shutdown" in leaver.log, "its consumer to leave")
+        finally:
+            broker.go_on()
+        assert await asyncio.to_thread(leaver.ends_within, 2) is not None
+    async with consumer(crew) as taker:
+        assert await taker.payloads(5) == payloads
+
+
+async def test_workers_share_the_queue(crew: Server, crew_stream: Stream) -> None:
+    """With 16 producers over both workers and one consumer, all their payloads arrive in order."""
+    payloads = [str(number) for number in range(16)]
+    async with AsyncExitStack() as stack:
+        producers = [await stack.enter_async_context(client(crew, PRODUCER)) for _ in payloads]
+        for producer, payload in zip(producers, payloads, strict=True):
+            await producer.send(payload)
+            assert await receive(producer) == payload
+        assert len({worker(crew, producer) for producer in producers}) == 2, "one has all: this shows nothing"
+    assert await drain(crew) == payloads
+
+
+async def elsewhere(server: Server, stack: AsyncExitStack, avoided: psutil.Process) -> ClientConnection:
+    """A consumer, with a prefetch of 3, at another worker than this."""
+    for _ in range(100):
+        websocket = await stack.enter_async_context(client(server, CONSUMER + "?prefetch=3"))
+        if worker(server, websocket) != avoided:
+            return websocket
+        await websocket.close()
+    raise AssertionError("one worker gets all connections: this shows nothing")
+
+
+async def test_a_killed_workers_payloads_are_claimed(crew: Server, crew_stream: Stream) -> None:
+    """After CLAIM_AFTER they go to another worker's consumer; what a living worker's has, it keeps."""
+    payloads = [str(number) for number in range(6)]
+    async with AsyncExitStack() as stack:
+        holder = await stack.enter_async_context(client(crew, CONSUMER + "?prefetch=3"))
+        doomed = worker(crew, holder)
+        await produce(crew, payloads[:3])
+        assert [await receive(holder) for _ in range(3)] == payloads[:3]
+        keeper = await elsewhere(crew, stack, doomed)
+        await produce(crew, payloads[3:])
+        assert [await receive(keeper) for _ in range(3)] == payloads[3:]
+        taker = await elsewhere(crew, stack, doomed)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2 * CLAIM_AFTER):
+                await taker.recv()
+        doomed.kill()
+        killed = time.monotonic()
+        assert [await receive(taker) for _ in range(3)] == payloads[:3]
+        took = time.monotonic() - killed
+        assert 0.5 * CLAIM_AFTER < took < 2 * CLAIM_AFTER, f"claimed after {took:.2f} s"
+        for websocket in (keeper, taker):
+            for _ in range(3):
+                await websocket.send("ack")
+        await until(crew_stream.is_empty, "the queue to be empty")
+
+
+class Storm:
+    """Producers and consumers at two servers, and what came of it."""
+
+    def __init__(self, servers: list[Server]) -> None:
+        self.servers = servers
+        self.echoed: set[str] = set()
+        self.numbers = itertools.count()
+        self.ending = False
+        self.urls = [server.url(CONSUMER + "?prefetch=8") for server in servers * 2]
+        self.consumers = [Script(url, "--ack") for url in self.urls]
+        self.ended: list[Script] = []
+
+    def received(self) -> list[str]:
+        """What consumers have printed: each payload is, before it is acknowledged."""
+        return [line for script in (*self.ended, *self.consumers) for line in script.lines]
+
+    def revive(self) -> None:
+        """Replace the consumers that have ended."""
+        for slot, script in enumerate(self.consumers):
+            if script.process.poll() is not None:
+                self.ended.append(script)
+                self.consumers[slot] = Script(self.urls[slot], "--ack")
+
+    async def produce(self, start: int) -> None:
+        """Send until the end. What was not echoed is sent again, to the other server."""
+        unechoed: deque[str] = deque()
+        for turn in itertools.count(start):
+            with suppress(ConnectionClosed, InvalidHandshake, OSError, EOFError):
+                async with client(self.servers[turn % 2], PRODUCER) as websocket:
+                    while unechoed or not self.ending:
+                        while not self.ending and len(unechoed) < 20:
+                            unechoed.append(str(next(self.numbers)))
+                        for payload in unechoed:
+                            await websocket.send(payload)
+                        while unechoed:
+                            assert await receive(websocket) == unechoed[0]
+                            self.echoed.add(unechoed.popleft())
+                        await asyncio.sleep(0.02)  # a load, but not all that this machine can bear
+                    return
+            await asyncio.sleep(0.05)
+
+    async def flow(self) -> None:
+        """Wait until payloads come and go."""
+        echoed, received = len(self.echoed), len(self.received())
+
+        def flows() -> bool:
+            self.revive()
+            return len(self.echoed) > echoed + 100 and len(self.received()) > received + 100
+
+        await until(flows, "payloads to come and go", 2 * TIMEOUT)
+
+    def close(self) -> None:
+        for script in (*self.ended, *self.consumers):
+            script.close()
+
+
+async def test_nothing_is_lost_whatever_is_killed(
+    crew: Server, crew_stream: Stream, impatient: list[str], broker: Redis
+) -> None:
+    """Consumers, workers, a server and Redis, killed under load at random: every echoed payload arrives."""
+    with ExitStack() as stack:
+        one = stack.enter_context(running(impatient, env={"REDIS_URL": crew_stream.url}))
+        storm = Storm([one, crew])
+        stack.callback(storm.close)
+
+        def kill_consumer() -> None:
+            random.choice(storm.consumers).process.kill()
+
+        def kill_worker() -> None:
+            for process in workers(crew)[:1]:  # none where uvicorn has yet to replace them
+                process.kill()
+
+        def kill_server() -> None:
+            storm.servers[0].kill()
+            storm.servers[0] = stack.enter_context(
+                running(impatient, one.port, env={"REDIS_URL": crew_stream.url})
+            )
+
+        def kill_redis() -> None:
+            broker.kill()
+            broker.start()
+
+        kills = [kill_consumer, kill_worker, kill_server, kill_redis] * 2
+        random.shuffle(kills)
+        order = [kill.__name__ for kill in kills]
+        async with asyncio.TaskGroup() as group:
+            for start in range(2):
+                group.create_task(storm.produce(start))
+            await storm.flow()
+            for kill in kills:
+                await asyncio.sleep(random.random() * 0.1)
+                await asyncio.to_thread(kill)
+                await storm.flow()
+            storm.ending = True
+        with suppress(AssertionError):
+            await until(lambda: storm.echoed <= set(storm.received()), "the rest")
+        assert storm.echoed - set(storm.received()) == set(), f"lost, after {order}"
+        await until(crew_stream.is_empty, "all to be settled")
+        assert "Traceback" not in storm.servers[0].log
+
+
+def nginx_conf() -> str:
+    """The proxy's configuration as the lessons' README shows it."""
+    readme = ROOT / "lessons/README.md"
+    found = re.search(r"```nginx\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else None
+    return found[1] if found else NGINX_CONF
+
+
+@pytest.fixture
+def proxy(shared: list[Server], tmp_path: Path) -> Iterator[Server]:
+    """nginx in front of the two servers."""
+    own_port, ports = free_port(), iter([server.port for server in shared])
+    conf, places = nginx_conf(), []
+    for pattern, replace in (
+        (r"(?m)^(\s*listen) [\d.:]+;", lambda match: f"{match[1]} 127.0.0.1:{own_port};"),
+        (r"(?m)^(\s*server) [\w.-]+:\d+;", lambda match: f"{match[1]} 127.0.0.1:{next(ports)};"),
+        (r"(proxy_read_timeout) \w+;", lambda match: f"{match[1]} {int(PATIENCE * 1000)}ms;"),
+    ):
+        conf, count = re.subn(pattern, replace, conf)
+        places.append(count)
+    assert places == [1, 2, 1], "not the README's snippet as this test knows it"
+    (tmp_path / "queue.conf").write_text(conf)
+    (tmp_path / "nginx.conf").write_text(NGINX_MAIN)
+    command = ["sh", "-c", 'exec "$0" -p "$1" -e stderr -c nginx.conf', str(NGINX), str(tmp_path)]
+    with running(command, own_port) as server:
+        yield server
+        assert "[" not in server.log, server.log  # as in [error]
+
+
+@pytest.mark.skipif(
+    NGINX is None and "CI" not in os.environ, reason="no nginx here: install it (Debian: apt install nginx)"
+)
+async def test_nginx_in_front(proxy: Server, pair: list[Server], stream: Stream) -> None:
+    """Pages and payloads pass; a page may connect that came through it; an idle consumer stays connected."""
+    marks = [len(server.log) for server in pair]
+    status, content_type, page = proxy.get("/")
+    assert (status, content_type) == (200, "text/html; charset=utf-8")
+    assert page == (ROOT / "web/index.html").read_text()
+    origin = f"http://127.0.0.1:{proxy.port}"
+    async with AsyncExitStack() as stack:
+        takers = [await stack.enter_async_context(client(proxy, CONSUMER, origin=origin)) for _ in range(4)]
+        producer = await stack.enter_async_context(client(proxy, PRODUCER, origin=origin))
+        for server, mark in zip(pair, marks, strict=True):
+            assert CONSUMER in server.log[mark:], "a server got nothing to do"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.5 * PATIENCE):
+                await takers[0].wait_closed()
+        payloads = [json.dumps("x" * 1_000_000), "1", "2", "3"]
+        for payload in payloads:
+            await producer.send(payload)
+            assert await receive(producer) == payload
+        assert sorted([await receive(taker) for taker in takers]) == sorted(payloads)
+        for taker in takers:
+            await taker.send("ack")
+        await until(stream.is_empty, "the queue to be empty")
+    with pytest.raises(InvalidStatus) as refusal:
+        async with client(proxy, CONSUMER, origin="http://example.com"):
+            pass
+    assert refusal.value.response.status_code == 403

@@ -11,8 +11,8 @@ from tests.harness import NAIVE, SERVERS, Server, drain, running  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for most tests wait some of the time."""
-    return min(8, 1 + (os.cpu_count() or 1))
+    """More processes than cores, for most tests wait most of the time."""
+    return min(8, 2 * (os.cpu_count() or 1))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,6 +30,7 @@ PORT, REDIS_PORT = 8000, 6379  # the READMEs' commands use the defaults
 SERVER = re.compile(r"\$ (uvicorn|python \S*server\.py)")
 REDIS = re.compile(r"\$ .*redis-server")
 SECONDS = re.compile(r"\b((?:timeout|sleep) )(\d+)")  # in commands
+STRETCH = float(os.environ.get("TEST_SLOWNESS", "1"))  # of these; they have room for a neighbour on the core
 ENV = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{Path(redis_executable()).parent}",
@@ -101,7 +102,7 @@ class Terminal:
 
     def type(self) -> None:
         typed, shown, *self.steps = self.steps
-        typed = SECONDS.sub(lambda found: f"{found[1]}{int(found[2]) * SLOWNESS:g}", typed)
+        typed = SECONDS.sub(lambda found: f"{found[1]}{int(found[2]) * STRETCH:g}", typed)
         if typed == "^C":
             assert self.process
             os.killpg(self.process.pid, signal.SIGINT)

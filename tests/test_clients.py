@@ -472,14 +472,17 @@ async def test_interrupt_while_idle(start: Start) -> None:
     connected = []
 
     async def waiting(websocket: ServerConnection) -> None:
-        await (await websocket.ping())  # a client that is interrupted before it knows says no goodbye
+        assert websocket.request
+        await websocket.send("1" if websocket.request.path == CONSUMER else await websocket.recv())
         connected.append(websocket)
         await websocket.wait_closed()
 
     async with fake(waiting) as url:
-        scripts = start(url + PRODUCER, "-", stdin=subprocess.PIPE), start(url + CONSUMER)
+        producer, consumer = start(url + PRODUCER, "-", stdin=subprocess.PIPE), start(url + CONSUMER)
+        producer.write("1\n")  # for one that has only just connected says no goodbye
+        await consumer.prints(1)
         await until(lambda: len(connected) == 2, "both connections")
-        await check_interrupt(*scripts)
+        await check_interrupt(producer, consumer)
         assert [websocket.close_code for websocket in connected] == [1000, 1000]
 
 

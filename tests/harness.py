@@ -285,6 +285,17 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT)
         time.sleep(0.01)
 
 
+def busy(server: Server, seconds: float) -> float:
+    """The share of one core that the server uses."""
+
+    def used() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in server.processes())
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
 async def until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:  # noqa: ASYNC109
     """wait_for(), without stopping the loop."""
     deadline = time.monotonic() + timeout

@@ -36,6 +36,7 @@ from tests.harness import (
     Redis,
     Script,
     Server,
+    busy,
     client,
     consumer,
     drain,
@@ -417,17 +418,6 @@ def park(server: Server, count: int) -> list[socket.socket]:
         assert answer.startswith(b"HTTP/1.1 101 "), answer
         assert answer.endswith(b"\r\n\r\n")
     return sockets
-
-
-def busy(server: Server, seconds: float) -> float:
-    """The share of one core that the server uses."""
-
-    def used() -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in server.processes())
-
-    before = used()
-    time.sleep(seconds)
-    return (used() - before) / seconds
 
 
 @pytest.mark.parametrize("count", [1, 2])

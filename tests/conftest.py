@@ -7,7 +7,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.harness", "tests.checks")
 
-from tests.harness import NAIVE, SERVERS, Server, drain, running  # noqa: E402
+from tests.harness import NAIVE, SERVERS, Server, drain, isolates, running  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -30,8 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             continue
         else:
             group = item.path.stem
+        if item.path.stem == "test_readme":
+            order[item] = 0
+            if isolates():
+                continue
         item.add_marker(pytest.mark.xdist_group(group))
-        order[item] = 0 if group == "test_readme" else 1
+        order.setdefault(item, 1)
     items.sort(key=lambda item: order[item])
 
 

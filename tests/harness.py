@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import fcntl
 import itertools
 import json
 import os
@@ -58,6 +59,61 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+ALONE = ["unshare", "--map-root-user", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
+ENTER = ["nsenter", "--preserve-credentials", "--user", "--net", "--pid", "--mount", "--wd", "--target"]
+# A new network has a loopback interface, which is down: SIOCSIFFLAGS, IFF_UP.
+LOOPBACK_UP = "import fcntl, socket, struct, sys; " + (
+    "fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sH22x', b'lo', 1))"
+)
+
+
+@cache
+def isolates() -> bool:
+    """Whether this system gives a process a network and process ids of its own."""
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*ALONE, "true"], capture_output=True).returncode == 0
+    )
+
+
+@contextmanager
+def alone() -> Iterator[int | None]:
+    """A place with nobody else on its ports, or in its list of processes, for enter().
+
+    It is the id of a process that is there; None where the system has no such places, but for the lock that
+    keeps others out.
+    """
+    if not isolates():
+        with (Path(tempfile.gettempdir()) / f"default-ports-{os.getuid()}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield None
+        return
+    holder = subprocess.Popen(
+        [*ALONE, sys.executable, "-c", LOOPBACK_UP + "; print(flush=True); sys.stdin.read()"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with holder:
+        try:
+            assert holder.stdout
+            assert holder.stdout.readline(), "no loopback interface"
+            yield psutil.Process(holder.pid).children()[0].pid
+        finally:
+            holder.kill()
+
+
+def enter(place: int | None) -> list[str]:
+    """What goes before a command that is to run in a place of alone()."""
+    return [] if place is None else [*ENTER, str(place), "setsid"]
+
+
+def interrupt(process: subprocess.Popen[str], place: int | None) -> None:
+    """Press Ctrl+C, as in a terminal, for a command that enter() brought there, and all that it started."""
+    started = psutil.Process(process.pid)
+    if place is not None:
+        [started] = started.children()  # what nsenter waits for; it would end before that has
+    os.killpg(started.pid, signal.SIGINT)
 
 
 def uvicorn_command(app: str) -> list[str]:

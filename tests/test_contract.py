@@ -502,8 +502,7 @@ async def test_it_says_how_many_payloads_were_left(fresh: Server) -> None:
     assert await end(fresh, signal.SIGINT, 1) == 7
 
 
-@SIGNALS
-async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> None:
+async def test_it_ends_in_full_flow(fresh: Server) -> None:
     """Each payload with a receipt was written to a consumer, or is counted."""
     received: list[str] = []
 
@@ -519,31 +518,28 @@ async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> No
             group.create_task(take(taker))
         floods = [group.create_task(flood(producer, numbered(30_000))) for producer in producers]
         await until(lambda: len(received) > 1000, "payloads to flow")
-        left = await end(fresh, number, 2.5)
+        left = await end(fresh, signal.SIGINT, 2.5)
         echoed = sum([(await flooding)[0] for flooding in floods])
     assert {taker.websocket.close_code for taker in takers} == {1012}
     assert len(received) + left >= echoed
 
 
-@SIGNALS
-async def test_it_ends_while_a_producer_waits_for_room(fresh: Server, number: signal.Signals) -> None:
+async def test_it_ends_while_a_producer_waits_for_room(fresh: Server) -> None:
     """What waited for room has no receipt and is not counted."""
     async with client(fresh, PRODUCER) as producer:
         flooding = asyncio.create_task(flood(producer, numbered(10_000)))
         await until(lambda: fresh.queued() == fresh.capacity, "the queue to be full")
-        assert await end(fresh, number, 2.5) == fresh.capacity
+        assert await end(fresh, signal.SIGTERM, 2.5) == fresh.capacity
         assert (await flooding)[0] <= fresh.capacity
 
 
-@SIGNALS
-async def test_it_ends_though_a_consumer_stopped_reading(fresh: Server, number: signal.Signals) -> None:
+async def test_it_ends_though_a_consumer_stopped_reading(fresh: Server) -> None:
     """What was taken and could not be written, or was not acknowledged, is counted too."""
     async with stuck(fresh, numbered(300, 50_000)) as (_, queued):
-        assert await end(fresh, number, 2.5) == (300 if fresh.acks else queued + 1)
+        assert await end(fresh, signal.SIGINT, 2.5) == (300 if fresh.acks else queued + 1)
 
 
-@SIGNALS
-async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server, number: signal.Signals) -> None:
+async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server) -> None:
     """Its payloads go to consumers until its socket is full of receipts; then the server waits for it."""
     received: list[str] = []
 
@@ -573,7 +569,7 @@ async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server, number
 
             await until(stalled, "the server to wait for its producer")
             assert not sending.done()
-            assert await end(fresh, number, 2.5) == 0
+            assert await end(fresh, signal.SIGTERM, 2.5) == 0
             await vanish(producer)
         assert taker.websocket.close_code == 1012
 

@@ -3,16 +3,15 @@
 A section's ```console blocks are terminals side by side, those of a server and of its clients. Each runs its
 commands in turn. A command or a ^C is typed once the output shown above it in its terminal has appeared; a ^C
 also waits for all commands elsewhere that end by themselves. Where the first block starts a Redis, it goes on
-through all blocks that follow, so that one server after the other can use it.
+through all blocks that follow, so that one server after the other can use it. All use the default ports;
+where the system gives each section a network of its own, they are played side by side.
 """
 
-import fcntl
 import itertools
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, SLOWNESS, TIMEOUT, redis_executable, wait_for
+from tests.harness import ROOT, SLOWNESS, TIMEOUT, alone, enter, interrupt, redis_executable, wait_for
 
 READMES = [path for path in (ROOT / "README.md", ROOT / "lessons" / "README.md") if path.exists()]
 PORT, REDIS_PORT = 8000, 6379  # the READMEs' commands use the defaults
@@ -72,12 +71,13 @@ def scenarios(readme: Path) -> Iterator[tuple[str, list[str]]]:
 class Terminal:
     """A console block, played."""
 
-    def __init__(self, block: str, folder: str) -> None:
+    def __init__(self, block: str, folder: str, place: int | None) -> None:
         self.steps = re.split(r"^(\$ .*|\^C)\n", block, flags=re.MULTILINE)[
             1:
         ]  # typed, shown, typed, shown ...
         self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self.env = {**ENV, "TMPDIR": folder}
+        self.place = place
         self.process: subprocess.Popen[str] | None = None
         self.expected = ""
 
@@ -105,10 +105,10 @@ class Terminal:
         typed = SECONDS.sub(lambda found: f"{found[1]}{int(found[2]) * STRETCH:g}", typed)
         if typed == "^C":
             assert self.process
-            os.killpg(self.process.pid, signal.SIGINT)
+            interrupt(self.process, self.place)
         else:
             self.process = subprocess.Popen(
-                ["bash", "-c", "trap : INT; " + typed.removeprefix("$ ")],
+                [*enter(self.place), "bash", "-c", "trap : INT; " + typed.removeprefix("$ ")],
                 cwd=ROOT, env=self.env, text=True, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -122,23 +122,16 @@ class Terminal:
         self.output.close()
 
 
-@pytest.fixture(autouse=True)
-def _ports() -> Iterator[None]:
-    """Keep other runs of these tests on this machine from the ports, until a test has ended."""
-    with (Path(tempfile.gettempdir()) / f"readme-ports-{os.getuid()}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def listens(port: int, place: int | None = None) -> bool:
+    """Whether somebody accepts connections there, in a place of alone()."""
+    rows = Path(f"/proc/{place or 'self'}/net/tcp").read_text().splitlines()[1:]
+    return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in rows)
 
 
-def accepts(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def start(terminal: Terminal, port: int) -> None:
+def start(terminal: Terminal, port: int, place: int | None) -> None:
     """Type its first command, and wait until somebody accepts connections, or the command has ended."""
     terminal.type()
-    wait_for(lambda: accepts(port) or not terminal.running(), f"port {port} to answer", 3 * TIMEOUT)
+    wait_for(lambda: listens(port, place) or not terminal.running(), f"port {port} to answer", 3 * TIMEOUT)
 
 
 def finish(terminals: list[Terminal], deadline: float) -> None:
@@ -154,22 +147,25 @@ def finish(terminals: list[Terminal], deadline: float) -> None:
         time.sleep(0.05)
 
 
-def play(blocks: list[str]) -> None:
+def play(blocks: list[str], place: int | None) -> None:
     ports = [PORT, REDIS_PORT] if any("redis" in block for block in blocks) else [PORT]
-    wait_for(lambda: not any(map(accepts, ports)), f"ports {ports}, which the commands need, to be free")
+    wait_for(
+        lambda: not any(listens(port, place) for port in ports),
+        f"ports {ports}, which the commands need, to be free",
+    )
     deadline = time.monotonic() + 3 * TIMEOUT
     folder = tempfile.TemporaryDirectory()  # for what they write
-    terminals = [Terminal(block, folder.name) for block in blocks]
+    terminals = [Terminal(block, folder.name, place) for block in blocks]
     try:
         playing: list[Terminal] = []
         for block, terminal in zip(blocks, terminals, strict=True):
             if REDIS.match(block):
-                start(terminal, REDIS_PORT)
+                start(terminal, REDIS_PORT, place)
                 continue
             if SERVER.match(block):
                 finish(playing, deadline)
                 playing = []
-                start(terminal, PORT)
+                start(terminal, PORT, place)
             else:
                 terminal.type()
             playing.append(terminal)
@@ -195,7 +191,8 @@ def play(blocks: list[str]) -> None:
 )
 def test_console(blocks: list[str]) -> None:
     """The commands of a section print what it shows."""
-    play(blocks)
+    with alone() as place:
+        play(blocks, place)
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
@@ -226,7 +223,7 @@ def test_first_command(tmp_path: Path) -> None:
             ["bash", "-c", found[1]], cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            wait_for(lambda: accepts(PORT) or server.poll() is not None, "the server", 60 * SLOWNESS)
+            wait_for(lambda: listens(PORT) or server.poll() is not None, "the server", 60 * SLOWNESS)
             assert server.poll() is None, log.seek(0) or log.read()
             python = tmp_path / ".venv" / "bin" / "python"
             lines = "".join(f'{{"line": {number}}}\n' for number in range(100))

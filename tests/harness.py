@@ -27,12 +27,15 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parent.parent
 # Every timeout is multiplied by it. Where more processes than cores run tests, all take longer.
 SLOWNESS = float(os.environ.get("TEST_SLOWNESS", "1")) * max(
     1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) / (os.cpu_count() or 1)
 )
 TIMEOUT = 10 * SLOWNESS  # seconds after which a condition that must come true never will
+PAUSES = [0.005, 0.01, 0.02]  # seconds between the first looks at a condition
 CONNECTING = {
     "proxy": None,
     "compression": None,
@@ -132,8 +135,9 @@ SERVERS = {
     "multiproc_server.py": [sys.executable, "multiproc_server.py", "--workers", "2", "--port"],
     "ack_server.py": uvicorn_command("lessons.ack_server:app"),
     "redis_server.py": uvicorn_command("lessons.redis_server:app"),
+    "gateway_server.py": uvicorn_command("tests.gateway_app:app"),  # with ack_server.py behind it
 }
-ACKING = [name for name in SERVERS if name not in ("server.py", "multiproc_server.py")]
+ACKING = ["ack_server.py", "redis_server.py"]
 MAX_PREFETCH = 1000
 NAIVE = uvicorn_command("tests.naive.server:app")
 
@@ -211,19 +215,21 @@ class Server:
         self, command: list[str], port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.port = port or free_port()
+        self.gateway = "tests.gateway_app:app" in command
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = env or {}
         if "lessons.redis_server" in " ".join(command) and "REDIS_URL" not in env:
             env = {**env, "REDIS_URL": shared_redis().url()}  # a database, and so a queue, of its own
-        self.process = subprocess.Popen(
-            [*command, str(self.port)],
-            cwd=ROOT,
-            env={**os.environ, **env},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, for what Ctrl+C does in a terminal
-        )
+        command, env = [*command, str(self.port)], {**os.environ, **env}
+        self.process: subprocess.Popen[bytes] | Forked
+        # In a session of its own, and so a process group, for what Ctrl+C does in a terminal.
+        if command[:3] == uvicorn_command("")[:3] and "--workers" not in command:
+            self.process = Forked(command, ROOT, env, f"/proc/{os.getpid()}/fd/{self._log.fileno()}")
+        else:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def url(self, path: str, scheme: str = "ws") -> str:
         return f"{scheme}://127.0.0.1:{self.port}{path}"
@@ -280,10 +286,12 @@ class Server:
     def processes(self) -> list[psutil.Process]:
         """Its process and all that came of it, also those whose parent has ended."""
         family = []
-        for process in psutil.process_iter():
+        for pid in psutil.pids():
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    family.append(process)
+                if os.getsid(pid) == self.process.pid:
+                    process = psutil.Process(pid)
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        family.append(process)
         return family
 
     def rss(self) -> int:
@@ -292,10 +300,30 @@ class Server:
 
     def connections(self) -> set[int]:
         """The other ends' ports of the TCP connections that it holds, of those too that have left."""
-        lines = Path("/proc/net/tcp").read_text().splitlines()
-        rows = [line.split() for line in lines if self._address in line]
-        # Address, the other end's, and as the tenth the file's number: 0 where no process has it any more.
-        return {int(row[2][-4:], 16) for row in rows if row[1] == self._address and row[9] != "0"} - {0}
+        # As `ss` asks the kernel (sock_diag(7)); /proc/net/tcp, with all that time out, takes 20 ms to read.
+        states = 0xFFF ^ 1 << 6 ^ 1 << 10  # all but those that time out, and those that listen
+        request = struct.pack("=BBxxI", socket.AF_INET, socket.IPPROTO_TCP, states)
+        request += struct.pack("!H", self.port) + bytes(38) + b"\xff" * 8
+        header = struct.pack(
+            "=IHHII", 16 + len(request), 20, 0x301, 0, 0
+        )  # SOCK_DIAG_BY_FAMILY: request, dump
+        ports: set[int] = set()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:
+            kernel.send(header + request)
+            while answers := kernel.recv(2**20):
+                while answers:
+                    size, kind = struct.unpack_from("=IH", answers)
+                    if kind == 3:  # the end
+                        return ports
+                    assert kind == 20, f"an error of sock_diag: {answers!r}"
+                    port, inode = (
+                        struct.unpack_from("!H", answers, 22)[0],
+                        struct.unpack_from("=I", answers, 84)[0],
+                    )
+                    if inode:  # else no process has it any more
+                        ports.add(port)
+                    answers = answers[size:]
+        return ports
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
         """Send SIGINT as a terminal does, to the whole process group; other signals as `kill` does."""
@@ -314,6 +342,9 @@ class Server:
         return time.monotonic() - start
 
     def kill(self) -> None:
+        if self.gateway:  # what is behind it has a group of its own
+            for process in self.processes():
+                process.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -333,12 +364,14 @@ def running(
         server.kill()
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
-    """Wait until the condition holds. AssertionError after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def wait_for(
+    condition: Callable[[], bool], what: str, timeout: float = TIMEOUT, longest: float = 0.04
+) -> None:
+    """Wait until the condition holds, looking every `longest` s or sooner. AssertionError after `timeout`."""
+    deadline, pauses = time.monotonic() + timeout, itertools.chain(PAUSES, itertools.repeat(longest))
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain for {what}"
-        time.sleep(0.01)
+        time.sleep(next(pauses))
 
 
 def busy(server: Server, seconds: float) -> float:
@@ -354,10 +387,10 @@ def busy(server: Server, seconds: float) -> float:
 
 async def until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:  # noqa: ASYNC109
     """wait_for(), without stopping the loop."""
-    deadline = time.monotonic() + timeout
+    deadline, pauses = time.monotonic() + timeout, itertools.chain(PAUSES, itertools.repeat(0.04))
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain for {what}"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(next(pauses))
 
 
 @asynccontextmanager

@@ -46,7 +46,7 @@ from tests.harness import (
     with_options,
 )
 
-LOAD_SECONDS = 5  # for which consumers are killed under load
+LOAD_SECONDS = 2  # for which consumers are killed under load
 PING = ["--ws-ping-interval", "1", "--ws-ping-timeout", str(1 * SLOWNESS)]
 
 pytestmark = pytest.mark.parametrize("command", ACKING, indirect=True)

@@ -2,9 +2,9 @@
 
 A section's ```console blocks are terminals side by side, those of a server and of its clients. Each runs its
 commands in turn. A command or a ^C is typed once the output shown above it in its terminal has appeared; a ^C
-also waits for all commands elsewhere that end by themselves. Where the first block starts a Redis, it goes on
-through all blocks that follow, so that one server after the other can use it. All use the default ports;
-where the system gives each section a network of its own, they are played side by side.
+also waits for all commands elsewhere that end by themselves. Where the first block starts a Redis, or what is
+behind a gateway, it goes on through all blocks that follow: one server after the other can use it. All have
+the default ports; where the system gives each section a network of its own, they are played side by side.
 """
 
 import itertools
@@ -25,9 +25,13 @@ import pytest
 from tests.harness import ROOT, SLOWNESS, TIMEOUT, alone, enter, interrupt, redis_executable, wait_for
 
 READMES = [path for path in (ROOT / "README.md", ROOT / "lessons" / "README.md") if path.exists()]
-PORT, REDIS_PORT = 8000, 6379  # the READMEs' commands use the defaults
-SERVER = re.compile(r"\$ (uvicorn|python \S*server\.py)")
-REDIS = re.compile(r"\$ .*redis-server")
+NAIVE = ROOT / "tests" / "naive"
+PORT, REDIS_PORT, BEHIND_PORT = 8000, 6379, 8001  # the READMEs' commands use the defaults
+SERVER = re.compile(r"\$ (?:\w+=\S+ )?(uvicorn|python \S*server\.py)")
+BEHIND = {
+    REDIS_PORT: re.compile(r"\$ .*redis-server"),
+    BEHIND_PORT: re.compile(rf"\$ uvicorn \S+ --port {BEHIND_PORT}\n"),
+}
 SECONDS = re.compile(r"\b((?:timeout|sleep) )(\d+)")  # in commands
 STRETCH = float(os.environ.get("TEST_SLOWNESS", "1"))  # of these; they have room for a neighbour on the core
 ENV = {
@@ -38,7 +42,7 @@ ENV = {
     "PYTHONUNBUFFERED": "",  # or a line and its end are two writes, and another's line may come between
 }
 # What differs from run to run: process ids, the clients' ports, times, Redis's ids (times too), shares of
-# payloads, memory; and from system to system, how a connection fails.
+# payloads, memory, random ids; and from system to system, how a connection fails.
 VARYING = [
     r"\[\d+\]",
     r"(?<=127\.0\.0\.1:)\d{5}",
@@ -46,6 +50,7 @@ VARYING = [
     r"\d{10}\.\d+",
     r"\d{13}-\d+",
     r"^\d+(?= payloads$| MB$)",
+    r"\b[0-9a-f]{16}\b",
     r"(?<=Redis is gone \().*(?=\): )",
     r"(?<=no Redis at redis://localhost:6379/0 \().*(?=\): )",
 ]
@@ -57,12 +62,17 @@ def normal(text: str) -> str:
     return text
 
 
+def behind(block: str) -> int | None:
+    """The port of what the block starts for other servers to use, if it does."""
+    return next((port for port, pattern in BEHIND.items() if pattern.match(block)), None)
+
+
 def scenarios(readme: Path) -> Iterator[tuple[str, list[str]]]:
     """A heading, and the console blocks below it that are played together."""
     for section in re.split(r"^#+ ", readme.read_text(), flags=re.MULTILINE)[1:]:
         blocks = re.findall(r"^```console\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-        redis = next((n for n, block in enumerate(blocks) if REDIS.match(block)), len(blocks))
-        starts = [n for n, block in enumerate(blocks) if n == redis or (n < redis and SERVER.match(block))]
+        first = next((n for n, block in enumerate(blocks) if behind(block)), len(blocks))
+        starts = [n for n, block in enumerate(blocks) if n == first or (n < first and SERVER.match(block))]
         assert starts[:1] == [0] or not blocks, f"belongs to no server: {blocks[0]}"
         for start, end in itertools.pairwise([*starts, len(blocks)]):
             yield section.splitlines()[0], blocks[start:end]
@@ -131,7 +141,8 @@ def listens(port: int, place: int | None = None) -> bool:
 def start(terminal: Terminal, port: int, place: int | None) -> None:
     """Type its first command, and wait until somebody accepts connections, or the command has ended."""
     terminal.type()
-    wait_for(lambda: listens(port, place) or not terminal.running(), f"port {port} to answer", 3 * TIMEOUT)
+    ready = f"port {port} to answer"
+    wait_for(lambda: listens(port, place) or not terminal.running(), ready, 3 * TIMEOUT, longest=0.2)
 
 
 def finish(terminals: list[Terminal], deadline: float) -> None:
@@ -148,7 +159,8 @@ def finish(terminals: list[Terminal], deadline: float) -> None:
 
 
 def play(blocks: list[str], place: int | None) -> None:
-    ports = [PORT, REDIS_PORT] if any("redis" in block for block in blocks) else [PORT]
+    names = {PORT: "", REDIS_PORT: "redis", BEHIND_PORT: str(BEHIND_PORT)}  # of what needs a port
+    ports = [port for port, name in names.items() if any(name in block for block in blocks)]
     wait_for(
         lambda: not any(listens(port, place) for port in ports),
         f"ports {ports}, which the commands need, to be free",
@@ -159,8 +171,8 @@ def play(blocks: list[str], place: int | None) -> None:
     try:
         playing: list[Terminal] = []
         for block, terminal in zip(blocks, terminals, strict=True):
-            if REDIS.match(block):
-                start(terminal, REDIS_PORT, place)
+            if port := behind(block):
+                start(terminal, port, place)
                 continue
             if SERVER.match(block):
                 finish(playing, deadline)
@@ -198,7 +210,8 @@ def test_console(blocks: list[str]) -> None:
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
 def test_python(path: Path) -> None:
     """Each excerpt stands in one of the files, word for word; a program prints what is shown below it."""
-    files = [file.read_text() for file in [*path.parent.glob("*.py"), *ROOT.glob("*.py")]]
+    folders = path.parent, ROOT, NAIVE
+    files = [file.read_text() for folder in folders for file in folder.glob("*.py")]
     blocks = re.findall(
         r"^```python\n(.*?)^```\n+(?:```text\n(.*?)^```)?", path.read_text(), re.MULTILINE | re.DOTALL
     )
@@ -223,7 +236,9 @@ def test_first_command(tmp_path: Path) -> None:
             ["bash", "-c", found[1]], cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            wait_for(lambda: listens(PORT) or server.poll() is not None, "the server", 60 * SLOWNESS)
+            wait_for(
+                lambda: listens(PORT) or server.poll() is not None, "the server", 60 * SLOWNESS, longest=0.2
+            )
             assert server.poll() is None, log.seek(0) or log.read()
             python = tmp_path / ".venv" / "bin" / "python"
             lines = "".join(f'{{"line": {number}}}\n' for number in range(100))

@@ -1,0 +1,1254 @@
+"""What lessons/pubsub_server.py promises: each subscriber gets a copy; one's fault costs nobody else."""
+
+import asyncio
+import json
+import math
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
+from http.client import HTTPConnection
+from typing import Any, cast
+from urllib.parse import quote
+
+import psutil
+import pytest
+import redis
+from fastapi import WebSocket
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect as sync_connect
+
+from lessons import pubsub_server as lesson
+from tests.checks import MIB, check_foreign_page_is_refused, fails, leave_politely
+from tests.harness import (
+    SLOWNESS,
+    TIMEOUT,
+    Redis,
+    Server,
+    client,
+    gone,
+    narrow,
+    port,
+    receive,
+    receive_all,
+    reset,
+    running,
+    until,
+    uvicorn_command,
+    vanish,
+    wait_for,
+    with_options,
+    write,
+)
+
+COMMAND = uvicorn_command("lessons.pubsub_server:app")
+NAIVE = uvicorn_command("tests.naive.pubsub_server:app")
+SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
+BUFFER = 50  # messages that wait for a slow subscriber, instead of 1000, where a test fills it
+POLICIES = ["drop oldest", "drop newest", "disconnect"]
+REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
+FOREIGN = "http://evil.example"
+
+# A reader's own program: it imports the lesson, changes its constants, and publishes from a route of its own.
+PROGRAM = """
+import sys
+
+import uvicorn
+from fastapi import HTTPException
+
+from lessons import pubsub_server as lesson
+
+for name, value in {constants!r}.items():
+    assert hasattr(lesson, name), name
+    setattr(lesson, name, value)
+
+
+@lesson.app.post("/orders/{{number}}")
+async def order(number: int) -> int:
+    return await lesson.publish(f"orders/{{number}}", {{"number": number}})
+
+
+@lesson.app.post("/wrong/{{which}}")
+async def wrong(which: str) -> None:
+    topic, data = {{"topic": ("a/+", 1), "data": ("a", object()), "half": ("a", "\\ud800")}}[which]
+    try:
+        await lesson.publish(topic, data)
+    except (TypeError, ValueError) as error:
+        raise HTTPException(400, str(error))
+
+
+@lesson.app.get("/inside")
+async def inside() -> dict[str, int]:
+    return {{
+        "filters": len(lesson.filters),
+        "subscribers": len(lesson.subscribers),
+        "senders": len(lesson.senders),
+    }}
+
+
+uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
+"""
+
+
+def program(**constants: object) -> list[str]:
+    """The command of PROGRAM with these constants; the port follows."""
+    return [sys.executable, "-c", PROGRAM.format(constants=constants)]
+
+
+def inside(server: Server) -> dict[str, int]:
+    counts: dict[str, int] = json.loads(server.get("/inside")[2])
+    return counts
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Server]:
+    with running(COMMAND) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Server) -> Iterator[Server]:
+    """The lesson without Redis. It must come through the test without a traceback."""
+    mark = len(shared.log)
+    yield shared
+    check_quiet(shared.log[mark:])
+
+
+@pytest.fixture
+def fresh(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server of the test's own: the command that the test is parametrised with, or the lesson's.
+
+    With the parameter "Redis" that has a Redis of its own.
+    """
+    param = getattr(request, "param", COMMAND)
+    with ExitStack() as stack:
+        if param == "Redis":
+            broker = stack.enter_context(closing(Redis()))
+            server = stack.enter_context(running(COMMAND, env={"REDIS_URL": broker.url()}))
+            wait_for(lambda: listening(broker) == 1, "it to listen")
+        else:
+            server = stack.enter_context(running(param))
+        yield server
+        check_quiet(server.log)
+
+
+@pytest.fixture
+def naive(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The list of connections as tutorials write it."""
+    with running(with_options(NAIVE, *getattr(request, "param", ()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Redis]:
+    """A Redis that tests may kill, and must start again. Nobody else may use it: Pub/Sub has no databases."""
+    broker = Redis()
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(scope="module")
+def shared_pair(broker: Redis) -> Iterator[list[Server]]:
+    command, env = program(TIMEOUT=REDIS_TIMEOUT), {"REDIS_URL": broker.url()}
+    with running(command, env=env) as one, running(command, env=env) as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def pair(shared_pair: list[Server], broker: Redis) -> Iterator[list[Server]]:
+    """Two servers with one Redis, as on two machines."""
+    wait_for(lambda: listening(broker) == 2, "both to listen")
+    marks = [len(server.log) for server in shared_pair]
+    yield shared_pair
+    for server, mark in zip(shared_pair, marks, strict=True):
+        check_quiet(server.log[mark:])
+
+
+def check_quiet(log: str) -> None:
+    """No traceback, and nothing that asyncio says of a task that nobody waited for."""
+    for complaint in ("Traceback", "never retrieved", "destroyed", "never awaited", "Unclosed"):
+        assert complaint not in log, log
+
+
+def listening(broker: Redis) -> int:
+    """How many processes have subscribed to the channel in Redis."""
+    with suppress(redis.ConnectionError), closing(redis.Redis(port=broker.port)) as connection:
+        answer = cast(list[tuple[bytes, int]], connection.pubsub_numsub(lesson.CHANNEL))
+        return answer[0][1]
+    return 0
+
+
+class Connection:
+    """A connection that speaks the protocol."""
+
+    def __init__(self, websocket: ClientConnection, welcome: dict[str, Any]) -> None:
+        assert welcome["type"] == "welcome"
+        self.websocket = websocket
+        self.id: str = welcome["id"]
+        self.pid: int = welcome["pid"]
+
+    async def say(self, type_: str, **fields: object) -> None:
+        await self.websocket.send(json.dumps({"type": type_, **fields}))
+
+    async def hear(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(await receive(self.websocket))
+        return message
+
+    async def answer(self, type_: str, **fields: object) -> dict[str, Any]:
+        """Say it, and return the next that comes."""
+        await self.say(type_, **fields)
+        return await self.hear()
+
+    async def subscribe(self, *topics: str) -> None:
+        for topic in topics:
+            answer = await self.answer("subscribe", topic=topic)
+            assert answer == {"type": "subscribed", "topic": topic}
+
+    async def data(self) -> Any:
+        """The data of the next message, which must be one."""
+        message = await self.hear()
+        assert message["type"] == "message", message
+        return message["data"]
+
+    async def heard(self) -> list[dict[str, Any]]:
+        """All that came up to now. The answer to what it says now comes behind it, and that is left out."""
+        await self.say("unsubscribe", topic="nothing")
+        came = []
+        while (message := await self.hear()) != {"type": "unsubscribed", "topic": "nothing"}:
+            came.append(message)
+        return came
+
+
+@asynccontextmanager
+async def connected(server: Server, *topics: str, **options: object) -> AsyncIterator[Connection]:
+    """A connection that has subscribed to the topics when it connected."""
+    path = "/ws?" + "&".join(f"topic={quote(topic, safe='')}" for topic in topics)
+    async with client(server, path, **options) as websocket:
+        connection = Connection(websocket, json.loads(await receive(websocket)))
+        for topic in topics:
+            assert await connection.hear() == {"type": "subscribed", "topic": topic}
+        yield connection
+
+
+def publications(topic: str, payloads: Iterable[object]) -> list[str]:
+    """What publishes these, for write()."""
+    return [json.dumps({"type": "publish", "topic": topic, "data": payload}) for payload in payloads]
+
+
+def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of the answer. Headers are only those that are given."""
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+        connection.request("POST", path, body, {name.replace("_", "-"): headers[name] for name in headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+# Topics, as in MQTT 5, section 4.7
+
+MATCHES = [  # (filter, topic, whether it matches): the standard's own examples
+    ("sport/tennis/player1/#", "sport/tennis/player1", True),
+    ("sport/tennis/player1/#", "sport/tennis/player1/ranking", True),
+    ("sport/tennis/player1/#", "sport/tennis/player1/score/wimbledon", True),
+    ("sport/tennis/player1/#", "sport/tennis/player2", False),
+    ("sport/tennis/player1/#", "sport/tennis", False),
+    ("sport/#", "sport", True),
+    ("sport/#", "sport/", True),
+    ("sport/#", "sports", False),
+    ("#", "sport", True),
+    ("#", "sport/tennis/player1", True),
+    ("#", "/", True),
+    ("sport/tennis/+", "sport/tennis/player1", True),
+    ("sport/tennis/+", "sport/tennis/player2", True),
+    ("sport/tennis/+", "sport/tennis/player1/ranking", False),
+    ("sport/+", "sport", False),
+    ("sport/+", "sport/", True),
+    ("+", "sport", True),
+    ("+", "/finance", False),
+    ("+/+", "/finance", True),
+    ("/+", "/finance", True),
+    ("+/tennis/#", "sport/tennis", True),
+    ("+/tennis/#", "sport/tennis/player1/ranking", True),
+    ("+/tennis/#", "sport/golf", False),
+    ("sport/+/player1", "sport/tennis/player1", True),
+    ("sport/+/player1", "sport/tennis/player2", False),
+    ("sport/+/player1", "sport/player1", False),
+    ("#", "$SYS/monitor/Clients", False),
+    ("+/monitor/Clients", "$SYS/monitor/Clients", False),
+    ("+/monitor/#", "$SYS/monitor/Clients", False),
+    ("+", "$SYS", False),
+    ("#", "$SYS", False),
+    ("$SYS/#", "$SYS/monitor/Clients", True),
+    ("$SYS/#", "$SYS", True),
+    ("$SYS/monitor/+", "$SYS/monitor/Clients", True),
+    ("+/+", "sport/$player", True),  # hidden are only topics that begin with it
+    ("sport/#", "sport/$player", True),
+    ("ACCOUNTS", "ACCOUNTS", True),
+    ("ACCOUNTS", "Accounts", False),
+    ("Accounts payable", "Accounts payable", True),
+    ("/finance", "/finance", True),
+    ("/finance", "finance", False),
+    ("finance", "finance/", False),
+    ("a//b", "a//b", True),
+    ("a/+/b", "a//b", True),
+    ("a//b", "a/b", False),
+    ("/", "/", True),
+    ("café", "cafe\u0301", False),  # not normalised
+]
+VALID_FILTERS = ["#", "+", "/", "//", "sport/tennis/#", "+/tennis/#", "sport/+/player1", "+/+/#", " "]
+VALID_FILTERS += ["$SYS/#", "a" * 65_535]
+INVALID_FILTERS = ["", "sport/tennis#", "sport/tennis/#/ranking", "#/sport", "##", "sport+", "a/+b", "a/b+/c"]
+INVALID_FILTERS += ["++", "+#", "a/#/", "a\0b", "a" * 65_536, "é" * 32_768]
+INVALID_TOPICS = ["", "#", "+", "a/+", "a/#", "a+b", "a#", "a\0", "a" * 65_536]
+
+
+@pytest.mark.parametrize(("topic_filter", "topic", "matches"), MATCHES)
+async def test_topics_match_as_the_standard_says(
+    server: Server, topic_filter: str, topic: str, matches: bool
+) -> None:
+    """A subscriber gets what is published to a topic that its filter matches, and nothing else."""
+    async with connected(server, topic_filter) as subscriber:
+        await subscriber.say("publish", topic=topic, data=1)
+        message = {"type": "message", "topic": topic, "data": 1, "from": subscriber.id}
+        assert await subscriber.heard() == [message] * matches
+
+
+@pytest.mark.parametrize("topic", VALID_FILTERS, ids=lambda topic: f"{topic:.20}")
+async def test_a_valid_filter_is_taken(server: Server, topic: str) -> None:
+    async with connected(server) as subscriber:
+        assert await subscriber.answer("subscribe", topic=topic) == {"type": "subscribed", "topic": topic}
+
+
+@pytest.mark.parametrize("topic", INVALID_FILTERS, ids=lambda topic: f"{topic!r:.20}")
+async def test_an_invalid_filter_is_an_error_and_no_more(server: Server, topic: str) -> None:
+    """What is wrong is said, nothing was subscribed to, and the connection goes on."""
+    async with connected(server) as subscriber:
+        error = await subscriber.answer("subscribe", topic=topic)
+        assert error.keys() == {"type", "reason"}
+        assert error["type"] == "error"
+        assert re.search(r"1 to 65535 bytes|the wildcard [+#] is", error["reason"])
+        await subscriber.subscribe("a")
+        await subscriber.say("publish", topic="a", data=1)
+        assert len(await subscriber.heard()) == 1
+
+
+@pytest.mark.parametrize("topic", INVALID_TOPICS, ids=lambda topic: f"{topic!r:.20}")
+async def test_an_invalid_topic_is_an_error_and_no_more(server: Server, topic: str) -> None:
+    """One cannot publish to a filter, nor to what is no topic; the connection goes on."""
+    async with connected(server, "#") as subscriber:
+        error = await subscriber.answer("publish", topic=topic, data=1)
+        assert error["type"] == "error"
+        assert re.search("1 to 65535 bytes|no wildcards", error["reason"])
+        assert await subscriber.heard() == []
+
+
+def matches(topic_filter: str, topic: str) -> bool:
+    """The standard once more, as a regular expression."""
+    pattern = re.escape(topic_filter).replace(r"\+", "[^/]*")
+    pattern = re.sub(r"/\\#$", "(/.*)?", pattern).replace(r"\#", ".*")
+    hidden = topic[0] == "$" and topic_filter[0] in "+#"
+    return not hidden and re.fullmatch(pattern, topic, re.DOTALL) is not None
+
+
+def test_the_other_matcher_is_right() -> None:
+    assert [matches(*case[:2]) for case in MATCHES] == [case[2] for case in MATCHES]
+
+
+LEVELS = st.sampled_from(["", "a", "b", "$a"])
+TOPICS = st.lists(LEVELS, min_size=1, max_size=4).map("/".join).filter(bool)
+FILTERS = (
+    st.tuples(st.lists(LEVELS | st.just("+"), max_size=4), st.sampled_from([[], ["#"]]))
+    .map(lambda parts: "/".join(parts[0] + parts[1]))
+    .filter(bool)
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(filters=st.lists(FILTERS, min_size=1, max_size=4), topics=st.lists(TOPICS, min_size=1, max_size=6))
+def test_any_filters_match_any_topics_as_the_standard_says(
+    shared: Server, filters: list[str], topics: list[str]
+) -> None:
+    """Subscribe, publish, unsubscribe. What comes is one copy of all that any filter matches."""
+    commands: list[dict[str, Any]] = [{"type": "subscribe", "topic": topic} for topic in filters]
+    commands += [{"type": "publish", "topic": topic, "data": None} for topic in topics]
+    commands += [{"type": "unsubscribe", "topic": topic} for topic in filters]
+    commands += [{"type": "publish", "topic": topic, "data": None} for topic in topics]
+    expected: list[dict[str, Any]] = [{"type": "subscribed", "topic": topic} for topic in filters]
+    expected += [
+        {"type": "message", "topic": topic, "data": None}
+        for topic in topics
+        if any(matches(topic_filter, topic) for topic_filter in filters)
+    ]
+    expected += [{"type": "unsubscribed", "topic": topic} for topic in filters]
+    came = []
+    with sync_connect(shared.url("/ws"), proxy=None, compression=None) as websocket:
+        assert json.loads(websocket.recv(TIMEOUT))["type"] == "welcome"
+        for command in [*commands, {"type": "unsubscribe", "topic": "the end"}]:
+            websocket.send(json.dumps(command))
+        while (message := json.loads(websocket.recv(TIMEOUT)))["topic"] != "the end":
+            message.pop("from", None)
+            came.append(message)
+    assert came == expected
+
+
+def subscriber() -> lesson.Subscriber:
+    """One that is only subscribed, in this process, and never sent to."""
+    return lesson.Subscriber(cast(WebSocket, None))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 3), FILTERS), unique=True, max_size=12).flatmap(
+    lambda pairs: st.tuples(st.just(pairs), st.permutations(pairs))
+))  # fmt: skip
+def test_who_unsubscribes_leaves_nothing_behind(
+    orders: tuple[list[tuple[int, str]], list[tuple[int, str]]],
+) -> None:
+    """In any order; what others subscribed to still matches, and at the end there is no filter."""
+    subscribers = [subscriber() for _ in range(4)]
+    coming, going = orders
+    for number, topic in coming:
+        lesson.subscribe(subscribers[number], topic)
+    for done, (number, topic) in enumerate(going, 1):
+        lesson.unsubscribe(subscribers[number], topic)
+        lesson.unsubscribe(subscribers[number], topic)  # once more changes nothing
+        for name in ("a", "a/b", "/", "$a/b"):
+            expected = {subscribers[other] for other, left in going[done:] if matches(left, name)}
+            assert set(lesson.matching(name)) == expected
+    assert not lesson.filters
+    assert not any(one.filters for one in subscribers)
+
+
+def test_subscriptions_to_other_topics_cost_nothing() -> None:
+    """With 10,000 of them, finding who gets a message takes as many calls as without."""
+
+    def calls() -> int:
+        codes = []
+        sys.setprofile(lambda frame, event, _: codes.append(frame.f_code.co_qualname))
+        found = lesson.matching("sensors/1/temp")
+        sys.setprofile(None)
+        assert list(found) == [one]
+        return sum(name.startswith("MQTTMatcher") for name in codes)  # and not the garbage collector's
+
+    one, other = subscriber(), subscriber()
+    for topic in ("sensors/1/temp", "sensors/+/temp", "sensors/#"):
+        lesson.subscribe(one, topic)
+    alone = calls()
+    for number in range(2500):
+        for topic in (f"others/{number}", f"sensors/{number + 2}/temp", f"others/+/{number}", f"{number}/#"):
+            lesson.subscribe(other, topic)
+    try:
+        assert calls() == alone < 100
+    finally:
+        for topic in [*one.filters, *other.filters]:
+            lesson.unsubscribe(one, topic)
+            lesson.unsubscribe(other, topic)
+
+
+# Subscribing, publishing, sending
+
+
+async def test_the_welcome_says_who_and_where(server: Server) -> None:
+    """Each connection is told an id of its own, the host, and the process that it is connected to."""
+    async with client(server, "/ws") as one, client(server, "/ws") as other:
+        first, second = json.loads(await receive(one)), json.loads(await receive(other))
+    assert first.keys() == second.keys() == {"type", "id", "host", "pid"}
+    assert first["id"] != second["id"]
+    assert first["host"]
+    assert first["pid"] == second["pid"] == server.process.pid
+
+
+async def test_a_connection_gets_one_copy(server: Server) -> None:
+    """However many of its filters match, and however often it subscribed to the same."""
+    async with connected(server, "a/b", "a/+", "#", "a/b", "+/b/#", "a/#") as subscriber:
+        await subscriber.say("publish", topic="a/b", data=1)
+        assert len(await subscriber.heard()) == 1
+
+
+async def test_every_subscriber_gets_a_copy(server: Server) -> None:
+    """Who published, who subscribed, and nobody else; `from` says who it was."""
+    async with (
+        connected(server, "rooms/1") as publisher,
+        connected(server, "rooms/+") as other,
+        connected(server, "rooms/2") as elsewhere,
+    ):
+        data: dict[str, Any] = {"text": "Grüß Gott", "list": [1, 2.5, None, True, {}]}
+        await publisher.say("publish", topic="rooms/1", data=data)
+        message = {"type": "message", "topic": "rooms/1", "data": data, "from": publisher.id}
+        assert await publisher.heard() == await other.heard() == [message]
+        assert await elsewhere.heard() == []
+
+
+async def test_what_one_unsubscribes_from_no_longer_comes(server: Server) -> None:
+    """Only that filter goes, and nobody else's; from what one has not subscribed to, one can unsubscribe."""
+    async with connected(server, "a/+", "a/1") as subscriber, connected(server, "a/+") as other:
+        for topic in ("a/+", "a/+", "never/#"):
+            assert await subscriber.answer("unsubscribe", topic=topic) == {
+                "type": "unsubscribed",
+                "topic": topic,
+            }
+        for topic in ("a/1", "a/2"):
+            await other.say("publish", topic=topic, data=1)
+        assert [message["topic"] for message in await other.heard()] == ["a/1", "a/2"]
+        assert [message["topic"] for message in await subscriber.heard()] == ["a/1"]
+        await subscriber.say("unsubscribe", topic="a/1")
+        await subscriber.say("publish", topic="a/1", data=1)
+        assert await subscriber.heard() == [{"type": "unsubscribed", "topic": "a/1"}]
+
+
+async def test_topics_in_the_address(server: Server) -> None:
+    """`/ws?topic=a/%2B&topic=b` subscribes at once; a bad one is an error, and no more."""
+    async with client(server, "/ws?topic=a/%2B&topic=b%23&topic=b") as websocket:
+        subscriber = Connection(websocket, json.loads(await receive(websocket)))
+        assert await subscriber.hear() == {"type": "subscribed", "topic": "a/+"}
+        assert (await subscriber.hear())["type"] == "error"
+        assert await subscriber.hear() == {"type": "subscribed", "topic": "b"}
+        for topic in ("a/1", "b", "c"):
+            await subscriber.say("publish", topic=topic, data=1)
+        assert [message["topic"] for message in await subscriber.heard()] == ["a/1", "b"]
+
+
+async def test_a_direct_send_reaches_those_named(server: Server) -> None:
+    """One id or several, each once; ids of nobody are passed over; `topic` is null."""
+    async with connected(server) as one, connected(server, "#") as other, connected(server, "#") as sender:
+        await sender.say("send", to=one.id, data="one")
+        await sender.say("send", to=[one.id, other.id, "nobody", one.id], data="both")
+        await sender.say("send", to=[], data="none")
+        await sender.say("send", to=sender.id, data="self")
+        assert [message["data"] for message in await sender.heard()] == ["self"]
+        assert [message["data"] for message in await other.heard()] == ["both"]
+        assert await one.heard() == [
+            {"type": "message", "topic": None, "data": data, "from": sender.id} for data in ("one", "both")
+        ]
+
+
+@pytest.mark.parametrize("fresh", [program()], indirect=True, ids=["program"])
+async def test_who_left_is_forgotten(fresh: Server) -> None:
+    """After 30 connections with 20 filters each left, in any way, the server holds nothing of them."""
+    async with connected(fresh, "1/2") as one:
+        async with AsyncExitStack() as stack:
+            ports = set()
+            for number in range(30):
+                topics = [f"{number % 10}/{level}/+" for level in range(19)]
+                left = await stack.enter_async_context(connected(fresh, "#", *topics))
+                ports.add(port(left.websocket))
+                stack.push_async_callback((leave_politely, vanish, reset)[number % 3], left.websocket)
+            assert inside(fresh) == {"filters": 1 + 1 + 10 * 19, "subscribers": 31, "senders": 0}
+        await gone(fresh, ports)
+        await until(lambda: inside(fresh)["subscribers"] == 1, "the last to be forgotten")
+        assert inside(fresh) == {"filters": 1, "subscribers": 1, "senders": 0}
+        assert post(fresh, "/publish/1/2", b"1") == (200, {"reached": 1})
+        assert await one.data() == 1
+
+
+# Publishing over HTTP, and from the server's own code
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json"])
+async def test_publish_over_http(server: Server, content_type: str | None) -> None:
+    """`curl -d 21.5 .../publish/a/b`: JSON, whatever the request says that it is. The answer counts."""
+    headers = {"content_type": content_type} if content_type else {}
+    async with connected(server, "sensors/+/temp") as one, connected(server, "#", "sensors/#") as other:
+        assert post(server, "/publish/sensors/1/temp", b' {"C" : 21.5}', **headers) == (200, {"reached": 2})
+        message = {"type": "message", "topic": "sensors/1/temp", "data": {"C": 21.5}, "from": None}
+        assert await one.heard() == await other.heard() == [message]
+        assert post(server, "/publish/sensors/1", b"null", **headers) == (200, {"reached": 1})
+    assert post(server, "/publish/sensors/1/temp", b"1", **headers)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "topic"), [("/finance", "/finance"), ("caf%C3%A9/a%20b", "café/a b"), ("a/", "a/"), ("$x", "$x")]
+)
+async def test_a_topic_in_a_path(server: Server, path: str, topic: str) -> None:
+    """All that comes after /publish/ is the topic, so that one that begins with a slash has two."""
+    async with connected(server, topic) as subscriber:
+        assert post(server, f"/publish/{path}", b"1") == (200, {"reached": 1})
+        assert (await subscriber.hear())["topic"] == topic
+
+
+async def test_broadcast_over_http(server: Server) -> None:
+    """All connections get it, those too that have subscribed to nothing. The answer counts."""
+    async with connected(server) as one, connected(server, "a", "#") as other:
+        await until(lambda: post(server, "/broadcast", b"0") == (200, {"reached": 2}), "others to have left")
+        await one.heard()
+        await other.heard()
+        assert post(server, "/broadcast", b'{"stop": true}') == (200, {"reached": 2})
+        message = {"type": "message", "topic": None, "data": {"stop": True}, "from": None}
+        assert await one.heard() == await other.heard() == [message]
+
+
+@pytest.mark.parametrize("path", ["/publish/a", "/broadcast"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"a=1", b"1 2", b"\xff", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'"\\ud800"']
+)
+async def test_what_is_not_json_is_refused_over_http(server: Server, path: str, body: bytes) -> None:
+    """400 and the reason, and nobody gets anything."""
+    async with connected(server, "#") as subscriber:
+        status, answer = post(server, path, body)
+        assert status == 400
+        assert "JSON" in answer["detail"]
+        assert await subscriber.heard() == []
+
+
+@pytest.mark.parametrize("path", ["", "%23", "a/%2B", "a%00", "a" * 65_000 + "%C3%A9" * 300])
+async def test_a_bad_topic_is_refused_over_http(server: Server, path: str) -> None:
+    """400 and the reason."""
+    status, answer = post(server, f"/publish/{path}", b"1")
+    assert status == 400
+    assert re.search("1 to 65535 bytes|no wildcards", answer["detail"])
+
+
+@pytest.mark.parametrize("path", ["/publish/a", "/broadcast"])
+async def test_what_is_too_big_is_refused_over_http(server: Server, path: str) -> None:
+    """1 MiB is taken, a byte more is 413, with a length or without."""
+    assert post(server, path, b'"' + b"x" * (MIB - 2) + b'"')[0] == 200
+    for headers in ({}, {"transfer_encoding": "chunked"}):
+        body = b'"' + b"x" * (MIB - 1) + b'"'
+        if headers:
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        status, answer = post(server, path, body, **headers)
+        assert status == 413
+        assert str(MIB) in answer["detail"]
+
+
+@pytest.mark.parametrize("fresh", [program()], indirect=True, ids=["program"])
+async def test_publish_from_the_servers_own_code(fresh: Server) -> None:
+    """Any route can call publish(), which counts. What cannot be published raises, and hurts nobody."""
+    async with connected(fresh, "orders/+", "a") as one, connected(fresh, "orders/7") as other:
+        assert post(fresh, "/orders/7", b"") == (200, 2)
+        message = {"type": "message", "topic": "orders/7", "data": {"number": 7}, "from": None}
+        assert await one.heard() == await other.heard() == [message]
+        for which in ("topic", "data", "half"):
+            assert post(fresh, f"/wrong/{which}", b"")[0] == 400
+        assert post(fresh, "/orders/7", b"") == (200, 2)
+        assert await one.heard() == await other.heard() == [message]
+
+
+# Across workers
+
+
+def held(server: Server, ports: set[int]) -> dict[int, set[int]]:
+    """Which process holds which of these connections."""
+    held = {
+        process.pid: {conn.raddr.port for conn in process.net_connections("tcp") if conn.raddr} & ports
+        for process in server.processes()
+    }
+    return {pid: theirs for pid, theirs in held.items() if theirs}
+
+
+async def check_every_worker_is_reached(server: Server, patience: float = TIMEOUT) -> None:
+    """40 connections over 4 workers get each 100 messages, of 4 publishers, each publisher's in order.
+
+    It waits for the last as long as it has patience.
+    """
+    wait_for(lambda: server.log.count("Application startup complete") == 4, "the workers")
+    got: list[list[tuple[int, int]]] = []
+
+    async def take(websocket: ClientConnection, messages: list[tuple[int, int]]) -> None:
+        with suppress(ConnectionClosed):
+            async for text in websocket:
+                message = json.loads(text)
+                if "data" in message:
+                    messages.append(tuple(message["data"]))
+
+    async with AsyncExitStack() as stack:
+
+        async def join() -> ClientConnection:
+            return await stack.enter_async_context(client(server, "/ws?topic=t"))
+
+        websockets: list[ClientConnection] = []
+        while len(websockets) < 40 or len(held(server, set(map(port, websockets)))) < 2:
+            websockets += await asyncio.gather(*(join() for _ in range(40)))
+        for websocket in websockets:
+            async with asyncio.timeout(TIMEOUT):
+                await (await websocket.ping())
+        got = [[] for _ in websockets]
+        tasks = [asyncio.create_task(take(*pair)) for pair in zip(websockets, got, strict=True)]
+        publishers = await asyncio.gather(*(join() for _ in range(4)))
+        for number, publisher in enumerate(publishers):
+            write(publisher, publications("t", [[number, count] for count in range(25)]))
+        expected = 100 * len(websockets)
+        with suppress(AssertionError):
+            await until(lambda: sum(map(len, got)) >= expected, "all to arrive", patience)
+        for websocket in (*websockets, *publishers):
+            await websocket.close()
+        await asyncio.gather(*tasks)
+    reached = sum(map(len, got))
+    assert reached == expected, f"reached: {reached} of {expected} deliveries"
+    for messages in got:
+        for number in range(4):
+            assert [count for publisher, count in messages if publisher == number] == list(range(25))
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Server]:
+    """Four workers and a Redis."""
+    with (
+        closing(Redis()) as broker,
+        running(with_options(COMMAND, "--workers", "4"), env={"REDIS_URL": broker.url()}) as server,
+    ):
+        wait_for(lambda: listening(broker) == 4, "the workers to listen")
+        yield server
+        check_quiet(server.log)
+
+
+async def test_every_worker_is_reached(crew: Server) -> None:
+    """Whichever worker a connection is on, it gets every message."""
+    await check_every_worker_is_reached(crew)
+
+
+@pytest.mark.parametrize("naive", [["--workers", "4"]], indirect=True, ids=["4 workers"])
+async def test_naive_reaches_its_own_worker_only(naive: Server) -> None:
+    """The list of connections is a worker's own: of 4,000 deliveries about a quarter."""
+    with fails(r"reached: \d+ of \d+ deliveries"):
+        await check_every_worker_is_reached(naive, 1 * SLOWNESS)
+
+
+async def test_a_direct_send_crosses_workers(crew: Server) -> None:
+    """An id is good at every worker; so is a list of ids of several workers' connections, and a broadcast."""
+    async with AsyncExitStack() as stack:
+        members: list[Connection] = []
+        while len({member.pid for member in members}) < 2:
+            members += await asyncio.gather(*(stack.enter_async_context(connected(crew)) for _ in range(8)))
+        ports = {port(member.websocket): member.pid for member in members}
+        for pid, theirs in held(crew, set(ports)).items():
+            assert {ports[number] for number in theirs} == {pid}, "the welcome names another process"
+        one = members[0]
+        other = next(member for member in members if member.pid != one.pid)
+        await one.say("send", to=other.id, data="one")
+        await one.say("send", to=[one.id, other.id], data="both")
+        assert [await other.data(), await other.data(), await one.data()] == ["one", "both", "both"]
+        assert post(crew, "/broadcast", b'"all"')[0] == 200
+        for member in members:
+            assert await member.data() == "all"
+            assert await member.heard() == []
+
+
+# Redis goes away
+
+
+async def test_redis_killed_and_restarted(pair: list[Server], broker: Redis) -> None:
+    """Connections stay, messages stay in their process meanwhile, and for ever; one line says so.
+
+    Within two seconds of its return they cross again.
+    """
+    marks = [len(server.log) for server in pair]
+    async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
+        await here.say("publish", topic="t", data="before")
+        assert await here.data() == await there.data() == "before"
+        broker.kill()
+        try:
+            for server, mark in zip(pair, marks, strict=True):
+                await until(lambda: "Redis is gone" in server.log[mark:], "the line")  # noqa: B023
+            await here.say("publish", topic="t", data="here")
+            await there.say("publish", topic="t", data="there")
+            assert await here.data() == "here"
+            assert await there.data() == "there"
+            await asyncio.sleep(3 * lesson.RETRY)  # tries that fail, and say nothing
+        finally:
+            broker.start()
+        back = time.monotonic()
+        await until(lambda: listening(broker) == 2, "both to listen again")
+        for server, mark in zip(pair, marks, strict=True):
+            await until(lambda: "Redis is back" in server.log[mark:], "the line")  # noqa: B023
+        await there.say("publish", topic="t", data="after")
+        assert await here.data() == await there.data() == "after"
+        assert time.monotonic() - back < 2 * SLOWNESS
+        await here.say("publish", topic="t", data="and back")
+        assert await here.data() == await there.data() == "and back"
+    for server, mark in zip(pair, marks, strict=True):
+        [line] = [line for line in server.log[mark:].splitlines() if "INFO" not in line]
+        assert re.match("ERROR: +Redis is gone .*messages stay in their process", line)
+
+
+async def test_redis_that_does_not_answer(pair: list[Server], broker: Redis) -> None:
+    """As of a machine that cannot be reached: what is published goes on to local subscribers, at once.
+
+    Both servers say so, also the one at which nobody publishes, and come back by themselves.
+    """
+    marks = [len(server.log) for server in pair]
+    async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
+        broker.stop()
+        try:
+            async with asyncio.timeout(SOON):
+                write(here.websocket, publications("t", range(200)))
+                assert [await here.data() for _ in range(200)] == list(range(200))
+            assert await there.heard() == []
+            for server, mark in zip(pair, marks, strict=True):
+                # It is silent for REDIS_TIMEOUT, is asked whether it is there, and doesn't say for as long.
+                await until(lambda: "Redis is gone" in server.log[mark:], "the line", 4 * REDIS_TIMEOUT)  # noqa: B023
+            await there.say("publish", topic="t", data="there")
+            assert await there.data() == "there"
+        finally:
+            broker.go_on()
+        for server, mark in zip(pair, marks, strict=True):
+            await until(lambda: "Redis is back" in server.log[mark:], "the line")  # noqa: B023
+        await until(lambda: listening(broker) == 2, "both to listen again")
+        await there.say("publish", topic="t", data="after")
+        assert await here.data() == await there.data() == "after"
+    for server, mark in zip(pair, marks, strict=True):
+        assert server.log[mark:].count("ERROR") == 1
+
+
+async def test_what_others_say_on_the_channel(pair: list[Server], broker: Redis) -> None:
+    """A line in the log is all that it does."""
+    marks = [len(server.log) for server in pair]
+    async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
+        with closing(redis.Redis(port=broker.port)) as stranger:
+            for junk in ("hello", "5\n{}", "[1]\n{}", "{\n{}"):
+                stranger.publish(lesson.CHANNEL, junk)
+        for server, mark in zip(pair, marks, strict=True):
+            await until(lambda: server.log[mark:].count("ERROR") > 0, "the line")  # noqa: B023
+        await until(lambda: listening(broker) == 2, "both to listen")
+        await here.say("publish", topic="t", data=1)
+        assert await here.data() == await there.data() == 1
+
+
+async def test_no_redis_at_the_start() -> None:
+    """It says so in a line, serves who is connected, and finds Redis when it comes."""
+    with closing(Redis()) as broker:
+        broker.kill()
+        with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+            async with connected(server, "t") as subscriber:
+                await until(lambda: "Redis is gone" in server.log, "the line")
+                await subscriber.say("publish", topic="t", data=1)
+                assert await subscriber.data() == 1
+                broker.start()
+                await until(lambda: listening(broker) == 1, "it to find Redis")
+                await until(lambda: "Redis is back" in server.log, "the line")
+                await subscriber.say("publish", topic="t", data=2)
+                assert await subscriber.data() == 2
+            assert server.log.count("ERROR") == 1
+            check_quiet(server.log)
+
+
+# A slow subscriber
+
+
+class Ledger:
+    """Numbered messages as they come: they must be in order, and `dropped` tell of each gap, in its place."""
+
+    def __init__(self, first: int) -> None:
+        self.numbers: list[int] = []
+        self.gaps: list[tuple[int, int]] = []  # the first that is missing, and how many are
+        self.following = first
+
+    def take(self, frame: str) -> None:
+        message = json.loads(frame)
+        if message["type"] == "dropped":
+            self.gaps.append((self.following, message["count"]))
+            self.following += message["count"]
+        else:
+            number = int(message["data"][:6])
+            assert number == self.following, f"{number} came where {self.following} should; {self.gaps}"
+            self.numbers.append(number)
+            self.following += 1
+
+    async def take_until(self, websocket: ClientConnection, following: int) -> None:
+        while self.following < following:
+            self.take(await receive(websocket))
+
+
+def payloads(numbers: Iterable[int], size: int) -> list[str]:
+    return [str(number).rjust(6, "0").ljust(size, "x") for number in numbers]
+
+
+async def lap(publisher: Connection, readers: list[Connection], numbers: range, size: int) -> list[float]:
+    """Publish to `all`, each when all readers have the one before. Returns how long each delivery took."""
+    seconds = []
+    for payload in payloads(numbers, size):
+        start = time.monotonic()
+        await publisher.say("publish", topic="all", data=payload)
+        for reader in readers:
+            assert await reader.data() == payload
+            seconds.append(time.monotonic() - start)
+    return seconds
+
+
+def p99(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=100)[98]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "policy"),
+    [pytest.param(program(BUFFER=BUFFER, WHEN_SLOW=policy), policy, id=policy) for policy in POLICIES],
+    indirect=["fresh"],
+)
+async def test_a_slow_subscriber_slows_nobody(fresh: Server, policy: str) -> None:
+    """One of 100 stops reading: the others get all, in order, as soon as before, and memory is bounded.
+
+    When it reads again, it is told what it missed, or why it was disconnected.
+    """
+    first, second, total = 30, 190, 3190
+    async with AsyncExitStack() as stack:
+        publisher = await stack.enter_async_context(connected(fresh))
+        readers = [await stack.enter_async_context(connected(fresh, "all")) for _ in range(98)]
+        witness = await stack.enter_async_context(connected(fresh, "#"))
+        readers.append(witness)
+        before = await lap(publisher, readers, range(first), 40_000)
+
+        slow = await stack.enter_async_context(connected(fresh, "#", sock=narrow(fresh)))
+        slow.websocket.transport.pause_reading()
+        stack.callback(slow.websocket.transport.abort)
+        during = await lap(publisher, readers, range(first, second), 40_000)
+        assert statistics.median(during) < 5 * statistics.median(before) + 0.05 * SLOWNESS
+        assert p99(during) < 5 * p99(before) + 0.2 * SLOWNESS
+
+        memory = fresh.rss()
+        for start in range(second, total, 25):  # by half of what the witness's buffer holds
+            batch = payloads(range(start, start + 25), 10_000)
+            write(publisher.websocket, publications("one", batch))
+            assert [await witness.data() for _ in batch] == batch
+        grown = fresh.rss() - memory
+        assert grown < 10 * MIB, f"memory grew by {grown / MIB:.0f} of {(total - second) // 100} MiB"
+
+        ledger = Ledger(first)
+        slow.websocket.transport.resume_reading()
+        if policy == "disconnect":
+            for frame in await receive_all(slow.websocket):
+                ledger.take(frame)
+            assert ledger.gaps == []
+            assert first + BUFFER < ledger.following < second
+            assert slow.websocket.close_code == 1013
+            assert slow.websocket.close_reason == f"too slow: {BUFFER} messages waited"
+            await gone(fresh, {port(slow.websocket)})
+            assert post(fresh, "/publish/one", b"1") == (200, {"reached": 1})
+            return
+        await ledger.take_until(slow.websocket, total)
+        assert ledger.following == total
+        [(start, count)] = ledger.gaps
+        assert count > 2500
+        if policy == "drop oldest":
+            assert start + count == total - BUFFER
+        else:
+            assert start + count == total
+            assert start > first + BUFFER
+        for payload in payloads(range(total, total + 3), 10):
+            await publisher.say("publish", topic="one", data=payload)
+            assert await slow.data() == payload
+        assert [len(await reader.heard()) for reader in readers] == [0] * 98 + [3]
+
+
+@pytest.mark.parametrize(
+    "fresh",
+    [pytest.param(program(BUFFER=5, WHEN_SLOW=policy), id=policy) for policy in POLICIES[:2]],
+    indirect=True,
+)
+async def test_gaps_are_told_where_they_are(fresh: Server) -> None:
+    """A subscriber that reads a little now and then is told of each gap where it is: no sooner, no later.
+
+    The messages are so large that a `dropped`, too, must wait for room, and more are dropped meanwhile.
+    """
+    async with (
+        connected(fresh) as publisher,
+        connected(fresh, "t") as witness,
+        connected(fresh, "t", sock=narrow(fresh), max_queue=1) as slow,
+    ):
+        ledger, total = Ledger(0), 60
+        for start in range(0, total, 2):
+            batch = payloads(range(start, start + 2), 1_000_000)
+            write(publisher.websocket, publications("t", batch))
+            assert [await witness.data() for _ in batch] == batch
+            if start > 20:
+                ledger.take(await receive(slow.websocket))
+        await ledger.take_until(slow.websocket, total)
+        assert ledger.following == total
+        assert ledger.gaps
+
+
+async def data(websocket: ClientConnection) -> Any:
+    """The data of the next message that has any, from either server: the naive one sends on what was said."""
+    while "data" not in (message := json.loads(await receive(websocket))):
+        pass
+    return message["data"]
+
+
+async def check_who_stops_reading_stops_nobody(server: Server) -> None:
+    """500 messages of 10 kB, one after the other, come to a subscriber next to one that doesn't read."""
+    async with (
+        client(server, "/ws") as publisher,
+        client(server, "/ws?topic=t", sock=narrow(server)) as slow,
+        client(server, "/ws?topic=t") as reader,
+    ):
+        slow.transport.pause_reading()
+        try:
+            for number, text in enumerate(publications("t", payloads(range(500), 10_000))):
+                await publisher.send(text)
+                try:
+                    async with asyncio.timeout(1 * SLOWNESS):
+                        assert int((await data(reader))[:6]) == number
+                except TimeoutError:
+                    raise AssertionError(f"stopped after {number} messages") from None
+        finally:
+            slow.transport.abort()
+            publisher.transport.abort()  # the naive server no longer reads what it says
+
+
+async def test_who_stops_reading_stops_nobody(server: Server) -> None:
+    await check_who_stops_reading_stops_nobody(server)
+
+
+async def test_naive_stops_with_who_stops_reading(naive: Server) -> None:
+    """The loop over the connections waits for the one whose socket is full."""
+    with fails(r"stopped after \d{2,3} messages"):
+        await check_who_stops_reading_stops_nobody(naive)
+
+
+async def test_a_fast_publisher_drops_nothing(server: Server) -> None:
+    """5,000 small messages sent ahead come to five who read, each, in order."""
+    count = 5000
+    async with AsyncExitStack() as stack:
+        publisher = await stack.enter_async_context(connected(server))
+        members = [await stack.enter_async_context(connected(server, "t")) for _ in range(5)]
+        write(publisher.websocket, publications("t", range(count)))
+        for member in members:
+            assert [await member.data() for _ in range(count)] == list(range(count))
+        assert await publisher.heard() == []
+
+
+# One connection's fault is its own
+
+BAD: dict[str, tuple[str | bytes, str]] = {  # name -> (frame, what the reason says)
+    "binary": (b'{"type": "publish", "topic": "t", "data": 1}', "binary.*send JSON as text"),
+    "empty binary": (b"", "binary"),
+    "not JSON": ("{nonsense", "JSON.*column 2"),
+    "cut short": ('{"type": "publish"', "JSON.*EOF"),
+    "empty": ("", "JSON.*EOF"),
+    "trailing junk": ('{"type": "publish", "topic": "t", "data": 1} 2', "trailing"),
+    "a string": ('"publish"', "object"),
+    "a list": ('["publish", "t", 1]', "object"),
+    "null": ("null", "object"),
+    "too deep": ("[" * 100_000, "recursion"),
+    "no type": ('{"topic": "t", "data": 1}', "type"),
+    "unknown type": (
+        '{"type": "shout", "topic": "t"}',
+        "'shout'.*'subscribe', 'unsubscribe', 'publish', 'send'",
+    ),
+    "a type that is no string": ('{"type": ["publish"], "topic": "t", "data": 1}', "publish"),
+    "publish without topic": ('{"type": "publish", "data": 1}', "publish: topic: Field required"),
+    "publish without data": ('{"type": "publish", "topic": "t"}', "publish: data: Field required"),
+    "subscribe without topic": ('{"type": "subscribe"}', "subscribe: topic: Field required"),
+    "send without to": ('{"type": "send", "data": 1}', "send: to: Field required"),
+    "a topic that is no string": ('{"type": "publish", "topic": 5, "data": 1}', "publish: topic: .*string"),
+    "a list of topics": ('{"type": "subscribe", "topic": ["t"]}', "subscribe: topic: .*string"),
+    "to a number": ('{"type": "send", "to": 5, "data": 1}', "send: to: .*string"),
+    "to a list of numbers": ('{"type": "send", "to": [5], "data": 1}', "send: to: .*string"),
+    "1e999": ('{"type": "publish", "topic": "t", "data": [1e999]}', "range float"),
+    "NaN": ('{"type": "publish", "topic": "t", "data": NaN}', "range float"),
+    "Infinity, sent": ('{"type": "send", "to": [], "data": {"a": -Infinity}}', "range float"),
+    "half a surrogate pair": (r'{"type": "publish", "topic": "t", "data": "\ud800"}', "JSON.*hex escape"),
+    "2 MiB": (json.dumps({"type": "publish", "topic": "t", "data": "x" * 2 * MIB}), f"at most {MIB} bytes"),
+    "too big in UTF-8": (
+        f'{{"type":"publish","topic":"t","data":"{"é" * (MIB // 2)}"}}',
+        f"at most {MIB} bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_what_is_wrong_is_said_and_no_more(server: Server, name: str) -> None:
+    """An `error` with the reason, to who said it; the connection lives, and nobody else hears of it."""
+    frame, reason = BAD[name]
+    async with connected(server, "t") as offender, connected(server, "#") as bystander:
+        await offender.websocket.send(frame)
+        error = await offender.hear()
+        assert error.keys() == {"type", "reason"}
+        assert error["type"] == "error"
+        assert re.search(reason, error["reason"]), error["reason"]
+        await offender.say("publish", topic="t", data="after")
+        assert [message["data"] for message in await offender.heard()] == ["after"]
+        assert [message["data"] for message in await bystander.heard()] == ["after"]
+
+
+async def test_the_largest_message_is_taken(server: Server) -> None:
+    """1 MiB, and a connection that sends more than uvicorn takes, 16 MiB, is closed with 1009."""
+    async with connected(server, "t") as one, connected(server, "t") as other:
+        start = '{"type":"publish","topic":"t","data":"'
+        await one.websocket.send(start + "x" * (MIB - len(start) - 2) + '"}')
+        assert len(await one.data()) == len(await other.data()) == MIB - len(start) - 2
+        with suppress(ConnectionClosed):
+            await one.websocket.send("x" * (16 * MIB + 1))
+        await one.websocket.wait_closed()
+        assert one.websocket.close_code == 1009
+        assert await other.heard() == []
+
+
+async def test_resets_in_the_middle_of_a_broadcast(server: Server) -> None:
+    """20 of 50 subscribers reset while 200 messages are published: the others miss none.
+
+    The publisher is told nothing, for it is not its fault.
+    """
+    async with AsyncExitStack() as stack:
+        publisher = await stack.enter_async_context(connected(server))
+        members = [await stack.enter_async_context(connected(server, "t")) for _ in range(50)]
+        leaving, staying = members[::5] + members[1::5], members[2::5] + members[3::5] + members[4::5]
+        for start, victim in zip(range(0, 200, 10), leaving, strict=True):
+            write(publisher.websocket, publications("t", range(start, start + 10)))
+            assert await staying[0].data() == start // 10  # some of the ten are on their way, some to come
+            await reset(victim.websocket)
+        assert await publisher.heard() == []
+        for member in staying:
+            got = [message["data"] for message in await member.heard()]
+            assert got == list(range(20 if member is staying[0] else 0, 200))
+
+
+async def check_resets_cost_nobody_a_message(server: Server) -> None:
+    """A subscriber is reset, and 10 messages reach the server in the same turn: another gets all 10.
+
+    That 10 times, for the server sees now the one and now the other first.
+    """
+    process = psutil.Process(server.process.pid)
+    for _ in range(10):
+        async with (
+            client(server, "/ws?topic=t") as victim,
+            client(server, "/ws?topic=t") as other,
+            client(server, "/ws") as publisher,
+        ):
+            await publisher.send(publications("t", ["before"])[0])
+            assert await data(victim) == await data(other) == "before"
+            process.suspend()
+            try:
+                await until(lambda: process.status() == psutil.STATUS_STOPPED, "the server to stop")
+                await reset(victim)
+                write(publisher, publications("t", range(10)))
+            finally:
+                process.resume()
+            got: list[int] = []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1 * SLOWNESS):
+                    while len(got) < 10:
+                        got.append(await data(other))
+            lost, code = 10 - len(got), publisher.close_code
+            assert lost == 0, f"lost: {lost} of 10 messages; the publisher's close code: {code}"
+            async with asyncio.timeout(TIMEOUT):
+                await (await publisher.ping())
+
+
+async def test_resets_cost_nobody_a_message(server: Server) -> None:
+    await check_resets_cost_nobody_a_message(server)
+
+
+async def test_naive_loses_messages_and_the_publisher_after_a_reset(naive: Server) -> None:
+    """Sending to who left raises an error at who published: that is disconnected, and all 10 lost."""
+    with fails("lost: 10 of 10 messages; the publisher's close code: 1006"):
+        await check_resets_cost_nobody_a_message(naive)
+
+
+# Pages
+
+
+@pytest.mark.parametrize("path", ["/ws", "/ws?topic=t"])
+@pytest.mark.parametrize("origin", [FOREIGN, "null", "http://127.0.0.1"])
+async def test_a_foreign_page_gets_no_websocket(server: Server, path: str, origin: str) -> None:
+    """403, and a line in the log."""
+    await check_foreign_page_is_refused(server, path, origin)
+
+
+async def test_naive_lets_any_page_in(naive: Server) -> None:
+    with fails(f"{FOREIGN} was let in"):
+        await check_foreign_page_is_refused(naive, "/ws", FOREIGN)
+
+
+@pytest.mark.parametrize("path", ["/publish/t", "/broadcast"])
+async def test_a_foreign_page_cannot_publish(server: Server, path: str) -> None:
+    """403, and nobody gets anything: such a POST needs no permission from the browser's side."""
+    async with connected(server, "t") as subscriber:
+        assert post(server, path, b"1", origin=FOREIGN, content_type="text/plain")[0] == 403
+        assert await subscriber.heard() == []
+
+
+async def test_the_servers_own_page_is_let_in(server: Server) -> None:
+    """Over a websocket and over HTTP, behind TLS too."""
+    for scheme in ("http", "https"):
+        origin = server.url("", scheme)
+        async with connected(server, "t", origin=origin) as subscriber:
+            assert post(server, "/publish/t", b"1", origin=origin) == (200, {"reached": 1})
+            assert await subscriber.data() == 1
+
+
+async def test_the_page(server: Server) -> None:
+    """GET / is a page, with a policy by which what others wrote in it cannot run."""
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.getheader("content-type") == "text/html; charset=utf-8"
+        policy = response.getheader("content-security-policy") or ""
+        assert "default-src 'self'" in policy
+        assert "require-trusted-types-for 'script'" in policy
+        assert b"<title>" in response.read()
+
+
+# The end
+
+
+async def check_ends(
+    server: Server, number: signal.Signals, seconds: float, websockets: list[ClientConnection]
+) -> None:
+    """After the signal it ends in time, quietly and wholly, and these are told."""
+    server.interrupt(number)
+    took = await asyncio.to_thread(server.ends_within, seconds)
+    assert took is not None, f"still running {seconds} s after {number.name}:\n{server.log}"
+    await until(lambda: not server.processes(), "the last of its processes to end", SLOWNESS)
+    check_quiet(server.log)
+    for websocket in websockets:
+        await websocket.wait_closed()
+        assert websocket.close_code == 1012
+
+
+WITH_AND_WITHOUT_REDIS = pytest.mark.parametrize(
+    "fresh", [COMMAND, "Redis"], indirect=True, ids=["memory", "Redis"]
+)
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@SIGNALS
+@WITH_AND_WITHOUT_REDIS
+async def test_it_ends_while_nothing_happens(fresh: Server, number: signal.Signals) -> None:
+    """Within a second, with 100 subscribers; all are told with 1012."""
+    async with AsyncExitStack() as stack:
+        members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(100)]
+        await check_ends(fresh, number, 1, [member.websocket for member in members])
+    assert "ERROR" not in fresh.log
+
+
+@SIGNALS
+@WITH_AND_WITHOUT_REDIS
+async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> None:
+    """Within a second, while a publisher sends all the time to 20 subscribers; these are told with 1012."""
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        publisher = await stack.enter_async_context(connected(fresh))
+        members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(20)]
+        came = 0
+
+        async def flow() -> None:
+            nonlocal came
+            with suppress(ConnectionClosed):
+                while True:
+                    write(publisher.websocket, publications("t", range(50)))
+                    for _ in range(40):  # and some more are on their way when the next 50 go
+                        await members[0].data()
+                        came += 1
+
+        group.create_task(flow())
+        await until(lambda: came > 400, "the flow")
+        await check_ends(fresh, number, 1, [member.websocket for member in members])
+
+
+@SIGNALS
+@WITH_AND_WITHOUT_REDIS
+async def test_it_ends_while_a_subscriber_does_not_read(fresh: Server, number: signal.Signals) -> None:
+    """A second later, after --timeout-graceful-shutdown; the others are told with 1012."""
+    async with connected(fresh, "t") as reader, connected(fresh, "t", sock=narrow(fresh)) as slow:
+        slow.websocket.transport.pause_reading()
+        for payload in payloads(range(500), 10_000):
+            await reader.say("publish", topic="t", data=payload)
+            assert await reader.data() == payload
+        try:
+            await check_ends(fresh, number, 2.5, [reader.websocket])
+        finally:
+            slow.websocket.transport.abort()

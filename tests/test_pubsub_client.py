@@ -1,0 +1,548 @@
+"""The client of pubsub_server.py, as a module and as a command: with a real server, and with fake ones."""
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import sys
+import urllib.request
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.client import backoff
+from websockets.datastructures import Headers
+from websockets.exceptions import InvalidStatus
+from websockets.http11 import Request, Response
+
+from lessons import pubsub_client
+from lessons.pubsub_client import Message, PubSubClient
+from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, running, until, uvicorn_command
+
+COMMAND = uvicorn_command("lessons.pubsub_server:app")
+FAST = {"initial_delay": 0.1, "min_delay": 0.1, "max_delay": 0.2}  # seconds between tries to connect
+ENV = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONUTF8": "1"} | {
+    f"WEBSOCKETS_BACKOFF_{name.upper()}": str(value) for name, value in FAST.items()
+}
+WELCOME = json.dumps({"type": "welcome", "id": "1", "host": "h", "pid": 7})
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connect again without the pauses that spare a real server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(pubsub_client, "PAUSE", 0.05)
+    monkeypatch.setattr(backoff, "__defaults__", (*FAST.values(), 1.5))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(COMMAND) as server:
+        yield server
+        assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[PubSubClient]:
+    async with asyncio.timeout(6 * TIMEOUT), PubSubClient(server.url("/ws")) as client:
+        yield client
+
+
+@pytest.fixture
+def topics(request: pytest.FixtureRequest) -> str:
+    """The first level of the topics of a test, which no other test has."""
+    name: str = request.node.name
+    return name.replace("[", "-").replace("]", "")
+
+
+@asynccontextmanager
+async def fake(
+    handler: Callable[[ServerConnection], Awaitable[None]], **options: Any
+) -> AsyncIterator[tuple[str, list[Request]]]:
+    """A server that welcomes clients, and does what the handler says. Yields its address, and who came."""
+    requests: list[Request] = []
+
+    async def welcome(websocket: ServerConnection) -> None:
+        assert websocket.request
+        requests.append(websocket.request)
+        await websocket.send(WELCOME)
+        await handler(websocket)
+
+    async with serve(welcome, "127.0.0.1", 0, close_timeout=0.1, **options) as server:
+        yield f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/ws", requests
+
+
+# The module
+
+
+async def test_callbacks_get_messages(server: Server, client: PubSubClient, topics: str) -> None:
+    """Sync and async, several for a filter, and filters that overlap: each is called once, in order."""
+    first: list[Message] = []
+    second: list[Message] = []
+    others: list[Message] = []
+
+    async def later(message: Message) -> None:
+        await asyncio.sleep(0)
+        second.append(message)
+
+    await client.subscribe(f"{topics}/+/temp", first.append)
+    await client.subscribe(f"{topics}/#", first.append)
+    await client.subscribe(f"{topics}/#", later)
+    await client.subscribe(f"{topics}/1", others.append)
+    await confirm(client, client)
+    async with PubSubClient(server.url("/ws")) as publisher:
+        data: list[Any] = [21.5, None, "é\u2028", {"a": [True]}, 10**30]
+        for value in data:
+            await publisher.publish(f"{topics}/1/temp", value)
+        await publisher.publish(f"{topics}/1", "last")
+        await until(lambda: len(second) == 6, "all messages")
+        expected = [
+            {"type": "message", "topic": f"{topics}/1/temp", "data": value, "from": publisher.id}
+            for value in data
+        ]
+        last = {"type": "message", "topic": f"{topics}/1", "data": "last", "from": publisher.id}
+    assert first == second == [*expected, last]
+    assert others == [last]
+
+
+async def test_what_a_callback_raises_is_logged(
+    client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It does not keep the message from the next callback, nor the next message, nor end the connection."""
+    got: list[Message] = []
+    await client.wait_until_ready()
+    name = client.id
+
+    def fail(message: Message) -> None:
+        raise ZeroDivisionError
+
+    async def fail_later(message: Message) -> None:
+        raise LookupError
+
+    for callback in (fail, fail_later, got.append):
+        await client.subscribe(topics, callback)
+    for number in range(2):
+        await client.publish(topics, number)
+    await until(lambda: len(got) == 2, "the messages")
+    assert [message["data"] for message in got] == [0, 1]
+    raised = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert raised == [ZeroDivisionError, LookupError] * 2
+    assert client.id == name
+
+
+async def test_a_callback_may_use_the_client(client: PubSubClient, topics: str) -> None:
+    """Also in tasks of its own, and for what it gets itself: nothing waits for what only it could read."""
+    got: list[Any] = []
+
+    async def on_message(message: Message) -> None:
+        got.append(message["data"])
+        if message["data"] == 0:
+            await client.wait_until_ready()
+            await asyncio.gather(client.subscribe(f"{topics}/new", on_message), client.unsubscribe("other"))
+            await client.publish(f"{topics}/new", 1)
+
+    await client.subscribe(topics, on_message)
+    await client.publish(topics, 0)
+    await until(lambda: got == [0, 1], "its own message")
+
+
+async def test_a_slow_callback(server: Server, topics: str, caplog: pytest.LogCaptureFixture) -> None:
+    """While it runs, the server drops messages for this client, and it is logged how many."""
+    go_on = asyncio.Event()
+    got: list[int] = []
+
+    async def slow(message: Message) -> None:
+        got.append(message["data"][0])
+        await go_on.wait()
+
+    async with (
+        asyncio.timeout(6 * TIMEOUT),
+        PubSubClient(server.url("/ws")) as publisher,
+        PubSubClient(server.url("/ws")) as slowed,
+    ):
+        await slowed.subscribe(topics, slow)
+        await confirm(slowed, publisher)
+        for number in range(4000):
+            await publisher.publish(topics, [number, os.urandom(2000).hex()])
+        await confirm(publisher, publisher)
+        go_on.set()
+        await until(lambda: got[-1] == 3999, "the newest message")
+    dropped = [
+        re.fullmatch(r"callbacks are too slow: (\d+) messages were dropped", text) for text in logged(caplog)
+    ]
+    assert sum(int(match[1]) for match in dropped if match) == 4000 - len(got) > 0
+
+
+async def test_what_the_server_does_not_take(
+    client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is not JSON is a ValueError; of the rest, its reason goes to on_error, which logs it."""
+    with pytest.raises(ValueError, match="Out of range"):
+        await client.publish(topics, float("nan"))
+    for wrong in ("", "a/#/b", "a#", "#/a", "a/+b", "++"):
+        with pytest.raises(ValueError, match="not a topic filter"):
+            await client.subscribe(wrong, print)
+    await client.publish(topics, "x" * 1024 * 1024)
+    await until(lambda: len(caplog.records) == 1, "a reason")
+    assert "at most 1048576 bytes" in logged(caplog)[0]
+    reasons: list[str] = []
+    client.on_error = reasons.append
+    await client.publish("a+", 1)
+    await until(lambda: len(reasons) == 1, "a reason")
+
+
+async def confirm(client: PubSubClient, other: PubSubClient) -> None:
+    """Wait until the server has done what the client told it."""
+    echoed = asyncio.Event()
+    other.on_direct = lambda _: echoed.set()
+    await other.wait_until_ready()
+    await client.send(other.id, "done")
+    await asyncio.wait_for(echoed.wait(), 2 * TIMEOUT)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+async def test_a_subscription_is_there_when_subscribe_returns(server: Server, topics: str) -> None:
+    """What another connection publishes from then on comes, time and again; also from within a callback."""
+    got: list[Any] = []
+    async with PubSubClient(server.url("/ws")) as client, PubSubClient(server.url("/ws")) as other:
+
+        async def further(message: Message) -> None:
+            await asyncio.gather(client.subscribe(f"{topics}/further", lambda m: got.append(m["data"])))
+            await other.publish(f"{topics}/further", "further")
+
+        for number in range(20):
+            await client.subscribe(f"{topics}/{number}", lambda message: got.append(message["data"]))
+            await other.publish(f"{topics}/{number}", number)
+        await client.subscribe(topics, further)
+        await other.publish(topics, None)
+        await until(lambda: len(got) == 21, "all messages")
+    assert got == [*range(20), "further"]
+
+
+async def test_unsubscribe(client: PubSubClient, topics: str) -> None:
+    """All callbacks of the filter are called no more, those of others are."""
+    got: list[tuple[str, Any]] = []
+    await client.subscribe(f"{topics}/+", lambda message: got.append(("+", message["data"])))
+    await client.subscribe(f"{topics}/+", lambda message: got.append(("+ too", message["data"])))
+    await client.subscribe(f"{topics}/#", lambda message: got.append(("#", message["data"])))
+    await client.publish(f"{topics}/1", 1)
+    await until(lambda: len(got) == 3, "the first message")
+    await client.unsubscribe(f"{topics}/+")
+    await client.unsubscribe("never subscribed")
+    await client.publish(f"{topics}/1", 2)
+    await until(lambda: got[3:] == [("#", 2)], "the second message")
+    await client.unsubscribe(f"{topics}/#")
+    await client.publish(f"{topics}/1", 3)
+    await confirm(client, client)
+    assert got == [("+", 1), ("+ too", 1), ("#", 1), ("#", 2)]
+
+
+async def test_send(server: Server, client: PubSubClient, topics: str) -> None:
+    """What is sent to a connection's id goes to its on_direct: the way to answer a message."""
+    direct: list[Message] = []
+    await client.subscribe(topics, lambda message: client.send(message["from"], message["data"] + 1))
+    await confirm(client, client)
+    async with PubSubClient(server.url("/ws")) as asker:
+        asker.on_direct = direct.append
+        await asker.publish(topics, 41)
+        await until(lambda: len(direct) == 1, "the answer")
+        assert direct == [{"type": "message", "topic": None, "data": 42, "from": client.id}]
+        await client.send(["nobody", asker.id], "both")
+        await until(lambda: len(direct) == 2, "the second")
+        await client.send(client.id, "nobody listens")
+
+
+async def test_it_connects_and_subscribes_again(caplog: pytest.LogCaptureFixture) -> None:
+    """When the server comes back, it subscribes to all filters again; what is asked meanwhile waits."""
+    got: list[Any] = []
+
+    def on_message(message: Message) -> None:
+        got.append(message["data"])
+
+    with running(COMMAND) as server:
+        async with asyncio.timeout(6 * TIMEOUT), PubSubClient(server.url("/ws")) as client:
+            for topic in ("a/#", "b", "c"):
+                await client.subscribe(topic, on_message)
+            await client.unsubscribe("c")
+            await confirm(client, client)
+            before = client.id
+            server.kill()
+            await until(lambda: "connecting again" in caplog.text, "the end of the connection")
+            waiting = asyncio.gather(
+                client.subscribe("d", on_message), client.unsubscribe("b"), client.wait_until_ready()
+            )
+            await asyncio.sleep(0)
+            with running(COMMAND, server.port):
+                for topic in ("a/1", "b", "c", "d", "a/2"):
+                    await client.publish(topic, topic)
+                await waiting
+                await until(lambda: "a/2" in got, "the messages")
+                assert client.id != before
+                assert got == ["a/1", "d", "a/2"]
+                assert logged(caplog) == ["closed with 1006: the server went away; connecting again"]
+
+
+async def test_a_policy_ends_it() -> None:
+    """Closed with 1008, it does not come back, and whoever waits or asks is told."""
+
+    async def refuse(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.close(1008, "the token has expired")
+
+    async with fake(refuse) as (url, requests), asyncio.timeout(TIMEOUT), PubSubClient(url) as client:
+        with pytest.raises(PermissionError, match="closed with 1008: the token has expired"):
+            await client.subscribe("a", print)
+        for waiting in (client.subscribe("a", print), client.wait_until_ready(), client.publish("a", 1)):
+            with pytest.raises(PermissionError, match="closed with 1008: the token has expired"):
+                await waiting
+        assert len(requests) == 1
+
+
+async def test_the_token() -> None:
+    """It goes with each connection; where the server takes it no more, that is the end."""
+    taken = 0
+
+    def check(_: ServerConnection, request: Request) -> Response | None:
+        nonlocal taken
+        assert request.headers["Authorization"] == "Bearer s3cret"
+        taken += 1
+        if taken == 1:
+            return None
+        status = HTTPStatus.SERVICE_UNAVAILABLE if taken == 2 else HTTPStatus.UNAUTHORIZED
+        return Response(status, status.phrase, Headers(), b"")
+
+    async def leave(websocket: ServerConnection) -> None:
+        await websocket.recv()
+
+    async with fake(leave, process_request=check) as (url, _), asyncio.timeout(TIMEOUT):
+        async with PubSubClient(url, token="s3cret") as client:
+            await client.publish("a", 1)
+            with pytest.raises(InvalidStatus, match="HTTP 401"):
+                await client.closed
+        async with PubSubClient(url, token="s3cret") as client:
+            with pytest.raises(InvalidStatus, match="HTTP 401"):
+                await client.wait_until_ready()
+    assert taken == 4
+
+
+async def test_no_such_server() -> None:
+    """Where there is no server at the start, that is an error at once."""
+    async with PubSubClient(f"ws://127.0.0.1:{free_port()}/ws") as client:
+        with pytest.raises(ConnectionRefusedError):
+            await client.publish("a", 1)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_it_leaves_nothing_behind(server: Server, topics: str) -> None:
+    """At the end its task is over, also in a callback, and what the body raises comes through."""
+    started = asyncio.Event()
+
+    async def never(message: Message) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        async with PubSubClient(server.url("/ws")) as client:
+            await client.subscribe(topics, never)
+            await client.publish(topics, 1)
+            await started.wait()
+            raise ZeroDivisionError
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_junk(caplog: pytest.LogCaptureFixture) -> None:
+    """What the server may say in another version is passed over."""
+    got: list[Message] = []
+
+    async def handle(websocket: ServerConnection) -> None:
+        for junk in ('{"type": "new"}', "[]", "0", '{"type": "error"}'):
+            await websocket.send(junk)
+        await websocket.send('{"type": "message", "topic": null, "data": 1, "from": null}')
+        await websocket.wait_closed()
+
+    async with fake(handle) as (url, _), asyncio.timeout(TIMEOUT), PubSubClient(url) as client:
+        client.on_direct = got.append
+        await until(lambda: len(got) == 1, "the message")
+    assert not caplog.records
+
+
+# The command
+
+
+@asynccontextmanager
+async def script(*args: str, stdin: int = DEVNULL, stdout: int = PIPE) -> AsyncIterator[Process]:
+    command = (sys.executable, "lessons/pubsub_client.py", *args)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=stdin, stdout=stdout, stderr=PIPE, cwd=ROOT, env=ENV
+    )
+    try:
+        async with asyncio.timeout(2 * TIMEOUT):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def interrupt(process: Process) -> None:
+    """Press Ctrl+C; and again, for Python can miss one that comes just before it goes to sleep."""
+    while process.returncode is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), SLOWNESS)
+
+
+async def line(stream: asyncio.StreamReader | None) -> str:
+    assert stream
+    return (await stream.readline()).decode()
+
+
+async def run(*args: str, stdin: str = "") -> tuple[int | None, str, str]:
+    """Exit code, standard output and standard error."""
+    async with script(*args, stdin=PIPE) as process:
+        out, err = await process.communicate(stdin.encode())
+        return process.returncode, out.decode(), err.decode()
+
+
+async def subscribed(server: Server, topic: str) -> None:
+    """Wait until somebody has subscribed."""
+
+    def reached() -> int:
+        request = urllib.request.Request(server.url(f"/publish/{topic}", "http"), b'"subscribed?"')
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return int(json.load(response)["reached"])
+
+    async with asyncio.timeout(2 * TIMEOUT):
+        while not await asyncio.to_thread(reached):
+            await asyncio.sleep(0.02)
+
+
+async def shown(process: Process) -> str:
+    """The next line, but for those of subscribed()."""
+    while "subscribed?" in (text := await line(process.stdout)):
+        pass
+    return text
+
+
+async def test_the_command(server: Server, topics: str) -> None:
+    """What one publishes, a value or lines, the other prints, as it came, until Ctrl+C."""
+    url = ("--url", server.url("/ws"))
+    async with script("subscribe", f"{topics}/#", f"{topics}/+", *url) as subscriber:
+        assert re.fullmatch(r"connected as \w+ to process \d+ on \S+\n", await line(subscriber.stderr))
+        await subscribed(server, f"{topics}/x")
+        single, lines, wrong = await asyncio.gather(
+            run("publish", f"{topics}/a", "21.5", *url),
+            run("publish", f"{topics}/b", "-", *url, stdin='1\n\r\n  \n{"é":  2.50}\r\n["\u2028"]'),
+            run("publish", f"{topics}/+", "-", *url, stdin="\n1\n2\n"),
+        )
+        assert single == lines == (0, "", "")
+        assert wrong == (1, "", "a topic to publish to has no wildcards, + or #\n")
+        got: dict[str, list[str]] = {"a": [], "b": []}
+        for _ in range(4):
+            text = await shown(subscriber)
+            match = re.fullmatch(
+                rf'{{"type": "message", "topic": "{topics}/(.)", "data": (.*), "from": "\w+"}}\n', text
+            )
+            assert match, text
+            got[match[1]].append(match[2])
+        assert got == {"a": ["21.5"], "b": ["1", '{"é": 2.5}', '["\u2028"]']}
+        await interrupt(subscriber)
+        assert await subscriber.communicate() == (b"", b"")
+        assert subscriber.returncode == 130
+
+
+async def test_the_command_outlives_the_server(topics: str) -> None:
+    """Both wait for it and go on; Ctrl+C ends them also while they wait for a line, or for the server."""
+    with running(COMMAND) as server:
+        url = ("--url", server.url("/ws"))
+        async with (
+            script("subscribe", "#", *url) as subscriber,
+            script("publish", topics, "-", *url, stdin=PIPE) as publisher,
+        ):
+            assert publisher.stdin
+            assert "connected as" in await line(subscriber.stderr)
+            await subscribed(server, "any")
+            publisher.stdin.write(b"1\n")
+            assert '"data": 1,' in await shown(subscriber)
+            server.interrupt()
+            for process in (subscriber, publisher):
+                assert (
+                    await line(process.stderr) == "closed with 1012: the server went away; connecting again\n"
+                )
+            publisher.stdin.write(b"2\n3\n")
+            assert server.ends_within(5) is not None
+            with running(COMMAND, server.port):
+                assert "connected as" in await line(subscriber.stderr)
+                await subscribed(server, "any")
+                publisher.stdin.write(b"4\n")
+                while '"data": 4,' not in await line(subscriber.stdout):
+                    pass  # whether the first find the subscriber back is a race
+                await interrupt(publisher)
+                assert await publisher.communicate() == (b"", b"")
+                assert publisher.returncode == 130
+            assert "connecting again" in await line(subscriber.stderr)
+            await interrupt(subscriber)
+            assert await subscriber.communicate() == (b"", b"")
+            assert subscriber.returncode == 130
+
+
+async def test_broken_pipe(client: PubSubClient, server: Server, topics: str) -> None:
+    """When its reader leaves, as `head -1` does, the subscriber ends with the next message, quietly."""
+    reader, writer = os.pipe()
+    async with script("subscribe", topics, "--url", server.url("/ws"), stdout=writer) as subscriber:
+        os.close(writer)
+        assert "connected as" in await line(subscriber.stderr)
+        await subscribed(server, topics)
+        os.close(reader)
+        await client.publish(topics, 1)
+        _, err = await subscriber.communicate()
+        assert (subscriber.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "expected"),
+    [
+        (("publish", "a/+", "1"), "", "a topic to publish to has no wildcards, .*"),
+        (("publish", "a", "{'a': 1}"), "", r"not JSON: \{'a': 1\}"),
+        (("publish", "a", ""), "", "not JSON: "),
+        (("publish", "a", "-"), "1\n\n[2\n3\n", r"not JSON: \[2\n"),
+        (("publish", "a"), "1\n[2\n3\n", r"not JSON: \[2\n"),
+        (("publish", "a", "-"), b'1\n"\xff"\n', ".*: 'utf-8' codec can't decode .*"),
+        (("publish", "a", "-"), "NaN", ".*: Out of range float values are not JSON compliant.*"),
+        (("publish", "a", "-"), "[" * 99999, ".*recursion.*"),
+        (("publish", "a", "-"), json.dumps("x" * 2**20), "a message has at most 1048576 bytes"),
+        (("subscribe", "a", "a/#/b"), "", ".*: not a topic filter .*: a/#/b"),
+        (("subscribe", "a", "--url", "{nobody}"), "", "{nobody}: .*Connect call failed.*"),
+        (("publish", "a", "1", "--url", "{nothing}"), "", "{nothing}: server rejected .*: HTTP 403"),
+        (("publish", "a", "1", "--url", "http://a"), "", "http://a: http://a isn't a valid URI: .*"),
+        (("publish", "a", "1", "--url", "ws://a:99999"), "", "ws://a:99999: Port out of range.*"),
+    ],
+)
+def test_errors_of_the_command(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    stdin: str | bytes,
+    expected: str,
+) -> None:
+    """Each is one clear line, and the exit code is 1."""
+    urls = {"{nobody}": f"ws://127.0.0.1:{free_port()}/ws", "{nothing}": server.url("/nothing")}
+    for name, url in urls.items():
+        args = tuple(arg.replace(name, url) for arg in args)
+        expected = expected.replace(name, re.escape(url))
+    content = stdin if isinstance(stdin, bytes) else stdin.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "argv", ["pubsub_client.py", args[0], "--url", server.url("/ws"), *args[1:]])
+    with pytest.raises(SystemExit) as end:
+        pubsub_client.main()
+    assert isinstance(end.value.code, str)  # which Python prints, to exit with 1
+    assert re.fullmatch(expected, end.value.code, re.DOTALL)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from datetime import date
 from importlib.metadata import distributions, version
@@ -37,11 +37,12 @@ import uvloop
 
 BENCH = Path(__file__).resolve().parent
 ROOT, RESULTS, PLOT = BENCH.parent, BENCH / "results.json", BENCH / "plot.svg"
+README = ROOT / "README.md"
 if not __package__:  # run as a script: then `bench` would be this file, not the folder
     sys.path[0] = str(ROOT)
 
 from bench.load import START, Acknowledging, Failed, Load, Server, SocketIO, Work  # noqa: E402
-from bench.report import digits, plot, table, with_section  # noqa: E402
+from bench.report import digits, plot, section, table, with_section  # noqa: E402
 
 ROUNDS = 5
 FILES = 4096  # open at a time: a thousand connections, and some
@@ -66,6 +67,7 @@ SERVERS = [
         (*WITH_REDIS, *UVICORN, "lessons.redis_server:app", "--port"),
         connection=Acknowledging,
     ),
+    Server("gateway + server.py", ("env", "BEHIND=server:app", *UVICORN, "tests.gateway_app:app", "--port")),
     Server("naive", (*UVICORN, "tests.naive.server:app", "--port")),
     Server("naive multiproc", (sys.executable, "tests/naive/multiproc_server.py")),
     Server("bare websockets", (sys.executable, "bench/bare_websockets.py")),
@@ -119,7 +121,7 @@ async def started(server: Server) -> AsyncIterator[Load]:
                     log.seek(0)
                     raise Failed(f"did not start: {(log.read().splitlines() or ['no output'])[-1]}")
                 await asyncio.sleep(0.02)
-            load = Load(server, port, process.pid)
+            load = (server.load or Load)(server, port, process.pid)
             await load.settle(0.2)
             yield load
         finally:
@@ -179,7 +181,7 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
         for server in servers:
             key = work.name, server.name
             rows[server.name] = {"failed": failed[key]} if key in failed else summary(samples[key])
-        add_ratios(rows)
+        add_ratios(rows, servers[0].name)
     packages = ["uvicorn", "fastapi", "websockets", "uvloop", "picows"]
     packages += [server.package for server in servers if server.package]
     return {
@@ -205,9 +207,9 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def add_ratios(rows: dict[str, Any]) -> None:
-    """Compare with server.py's figures, those that are not too small to be measured."""
-    for figure, reference in rows.get("server.py", {}).items():
+def add_ratios(rows: dict[str, Any], to: str) -> None:
+    """Compare with the figures of a server, those that are not too small to be measured."""
+    for figure, reference in rows[to].items():
         for row in rows.values():
             if figure in row and figure != "failed" and reference["median"]:
                 row[figure]["ratio"] = digits(row[figure]["median"] / reference["median"])
@@ -224,30 +226,34 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> int:
+def main(
+    servers: list[Server],
+    peers: list[Server],
+    works: list[Work],
+    saved: Path,
+    write: Callable[[dict[str, Any]], None],
+) -> int:
+    """Measure, or `write` what is saved to a README. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Measure what a payload costs each server.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="works or servers, instead of all")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds ({ROUNDS})")
     parser.add_argument("--scale", type=float, default=1, metavar="X", help="part of the payloads (1)")
     parser.add_argument("--peers", action="store_true", help="other packages too; see requirements-peers.txt")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="where to save; a whole run: results.json")
-    parser.add_argument("--readme", action="store_true", help="measure nothing: write README.md's section")
+    parser.add_argument("--save", type=Path, metavar="FILE", help=f"where to save; a whole run: {saved.name}")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: write the README's section")
     args = parser.parse_args()
     if args.readme:
-        results = json.loads(RESULTS.read_text())
-        readme = ROOT / "README.md"
-        readme.write_text(with_section(readme.read_text(), results))
-        PLOT.write_text(plot(results))
+        write(json.loads(saved.read_text()))
         return 0
-    known = SERVERS + PEERS * args.peers
-    names = [work.name for work in WORKS] + [server.name for server in known]
+    known = servers + peers * args.peers
+    names = [work.name for work in works] + [server.name for server in known]
     if unknown := set(args.names) - {*names}:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
     missing = {server.package for server in known} - {"", *installed()}
     if missing:
         say(f"{', '.join(missing)} missing: pip install -r bench/requirements-peers.txt\n")
         return 2
-    works = [work for work in WORKS if work.name in args.names] or WORKS
+    works = [work for work in works if work.name in args.names] or works
     servers = [server for server in known if server.name in args.names] or known
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < FILES:  # many systems let a process have no more than 1024, or 256, unless it asks
@@ -262,10 +268,15 @@ def main() -> int:
         return 130
     print(table(results))
     whole = not args.names and args.scale == 1 and args.rounds >= ROUNDS
-    if path := args.save or (RESULTS if whole else None):
+    if path := args.save or (saved if whole else None):
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return int(any("failed" in row for rows in results["results"].values() for row in rows.values()))
 
 
+def write(results: dict[str, Any]) -> None:
+    README.write_text(with_section(README.read_text(), "bench", section(results)))
+    PLOT.write_text(plot(results))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(SERVERS, PEERS, WORKS, RESULTS, write))

@@ -13,7 +13,7 @@ import psutil
 from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 AHEAD = 500  # payloads in flight, fewer than a server queues: this measures relaying, not backpressure
-SECONDS = 0.8
+SECONDS = 0.5
 START = 20  # seconds that a server has to accept connections, and to be idle after that
 STALL = 5  # seconds without an arrival or an echo, after which what is missing never comes
 LINGER = 0.1  # seconds in which a payload that comes twice would come again
@@ -48,7 +48,7 @@ class Connection(WSListener):
         if self.role == "producer":
             self.load.echoed(self, payload)
         else:
-            self.load.arrived(payload)
+            self.load.arrived(self, payload)
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
@@ -104,6 +104,7 @@ class Server:
     uvloop: bool = False
     connection: type[Connection] = Connection
     package: str = ""  # which a peer needs
+    load: "type[Load] | None" = None  # another than Load
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Load:
         if not self.done.done():
             self.done.set_result(None)
 
-    def arrived(self, payload: bytes) -> None:
+    def arrived(self, consumer: Connection, payload: bytes) -> None:
         if payload not in self.missing:
             return self.fail(f"came twice, or was never sent: {payload[:80]!r}")
         self.missing.remove(payload)
@@ -176,6 +177,10 @@ class Load:
                 producer = next(self.turns)
                 producer.unechoed.append(payload)
                 producer.send(payload)
+
+    def unfinished(self) -> str:
+        unechoed = len(self.payloads) - self.echoes
+        return f"of {len(self.payloads)} payloads {len(self.missing)} never arrived, {unechoed} had no echo"
 
     async def connect(self, role: str, count: int) -> None:
         """Connect more of them, up to `count`; one by one, so that a server's workers share them."""
@@ -218,10 +223,7 @@ class Load:
             await asyncio.wait([self.done], timeout=STALL)
         cpu, own = self.cpu() - cpu, time.process_time() - own
         if not self.done.done():
-            unechoed = len(payloads) - self.echoes
-            self.fail(
-                f"of {len(payloads)} payloads {len(self.missing)} never arrived, {unechoed} had no echo"
-            )
+            self.fail(self.unfinished())
         await asyncio.sleep(LINGER)
         if self.failure:
             raise Failed(self.failure)

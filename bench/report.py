@@ -125,9 +125,9 @@ def plot(results: dict[str, Any]) -> str:
     )
 
 
-def with_section(readme: str, results: dict[str, Any]) -> str:
-    """README.md with its section brought up to date. Ends the program where it has no markers."""
-    parts = re.split(r"(<!-- /?bench -->)", readme)
-    if parts[1::2] != ["<!-- bench -->", "<!-- /bench -->"]:
-        raise SystemExit("README.md has no <!-- bench --> and <!-- /bench --> to write between")
-    return "".join([*parts[:2], section(results), *parts[3:]])
+def with_section(readme: str, name: str, text: str) -> str:
+    """A README with the text between its markers of that name. Ends the program where it has none."""
+    parts = re.split(rf"(<!-- /?{name} -->)", readme)
+    if parts[1::2] != [f"<!-- {name} -->", f"<!-- /{name} -->"]:
+        raise SystemExit(f"the README has no <!-- {name} --> and <!-- /{name} --> to write between")
+    return "".join([*parts[:2], text, *parts[3:]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import bench, load, report
+from bench import bench, broadcast, load, report
 from tests.harness import ROOT, SLOWNESS, wait_for
 
 PAYLOADS = 50
@@ -49,8 +49,37 @@ asyncio.run(main())
 """
 
 
-def run(*arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "bench/bench.py", *arguments]
+# A broadcast, but for the second connection's copy of the message that is the LIE_AT-th.
+LIAR_TO_ALL = """
+import asyncio, itertools, sys
+from websockets.asyncio.server import serve
+
+lie, lie_at = sys.argv[1], int(sys.argv[2])
+connections, numbers = [], itertools.count()
+
+async def handler(websocket):
+    connections.append(websocket)
+    last = ""
+    async for payload in websocket:
+        lies = next(numbers) == lie_at and lie
+        for connection in connections:
+            copies = [payload]
+            if connection is connections[1]:
+                copies = {"drops": [], "doubles": [payload] * 2, "repeats": [last]}.get(lies, copies)
+            for copy in copies:
+                await connection.send(copy)
+        last = payload
+
+async def main():
+    async with serve(handler, "127.0.0.1", int(sys.argv[3])) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def run(*arguments: str, script: str = "bench/bench.py") -> "subprocess.Popen[str]":
+    command = [sys.executable, script, *arguments]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -89,6 +118,44 @@ async def test_failed_run(lie: str, reason: str, at: int, monkeypatch: pytest.Mo
     figures = await measured(lie, at)
     assert isinstance(figures, str), f"a relay that {lie} has figures: {figures}"
     assert re.search(reason, figures), figures
+
+
+@pytest.mark.parametrize("at", [PAYLOADS // 2, PAYLOADS - 1], ids=["amid", "last"])
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ("", None),
+        ("drops", "not the next message|1 of 50 messages did not reach all"),
+        ("doubles", "not the next message"),
+        ("repeats", "not the next message"),
+    ],
+)
+async def test_failed_broadcast(
+    lie: str, reason: str | None, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broadcast that fails a single copy has failed, and has no figures; an honest one has some."""
+    monkeypatch.setattr(load, "STALL", 0.5 * SLOWNESS)
+    command = (sys.executable, "-c", LIAR_TO_ALL, lie, str(at))
+    server = load.Server("liar", command, connection=broadcast.Naive, load=broadcast.Broadcast)
+    figures = (await bench.visit(server, [load.Work("work", "work", PAYLOADS, consumers=2, ahead=5)]))["work"]
+    if reason is None:
+        assert isinstance(figures, dict), figures
+        assert figures["rate"] > 0
+    else:
+        assert isinstance(figures, str), f"a broadcast that {lie} has figures: {figures}"
+        assert re.search(reason, figures), figures
+
+
+def test_broadcast_run(tmp_path: Path) -> None:
+    """The lesson and the list do the same work, also among filters on other topics."""
+    saved = tmp_path / "broadcast.json"
+    options = ("--rounds", "1", "--scale", "0.02", "--save", str(saved))
+    process = run("hundred", "others", *options, script="bench/broadcast.py")
+    _, progress = process.communicate(timeout=20 * SLOWNESS)
+    assert process.returncode == 0, progress
+    for rows in json.loads(saved.read_text())["results"].values():
+        assert rows["naive list"]["rate"]["ratio"] == 1
+        assert rows["pubsub_server.py"]["rate"]["median"] > 0
 
 
 async def test_server_that_does_not_start() -> None:
@@ -146,8 +213,15 @@ def test_readme() -> None:
     """The README's figures and its plot are those of the saved results: `python bench/bench.py --readme`."""
     results = json.loads(bench.RESULTS.read_text())
     readme = (ROOT / "README.md").read_text()
-    assert readme == report.with_section(readme, results)
+    assert readme == report.with_section(readme, "bench", report.section(results))
     assert bench.PLOT.read_text() == report.plot(results)
+
+
+def test_lessons_readme() -> None:
+    """The figures for broadcasts are those of the saved results: `python bench/broadcast.py --readme`."""
+    results = json.loads(broadcast.RESULTS.read_text())
+    readme = broadcast.README.read_text()
+    assert readme == report.with_section(readme, "broadcast", broadcast.section(results))
 
 
 def test_readme_shows_failures() -> None:

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 PAUSE = 1  # seconds between a connection that was closed and the next
 
 
-async def consume(url: str, count: int, ack: bool) -> str | None:
+async def consume(url: str, token: str | None, count: int, ack: bool) -> str | None:
     """Print `count` payloads (0: without end). Returns the reason where the server wants us no more."""
     connected = False
 
@@ -24,7 +24,8 @@ async def consume(url: str, count: int, ack: bool) -> str | None:
         refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
         return None if connected and not refused else error
 
-    async for websocket in connect(url, process_exception=retry, close_timeout=1):
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    async for websocket in connect(url, additional_headers=headers, process_exception=retry, close_timeout=1):
         connected = True
         try:
             async for payload in websocket:
@@ -51,14 +52,18 @@ def main() -> int | str | None:
     parser.add_argument("--url", default="ws://127.0.0.1:8000/ws/consumer")
     parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N payloads")
     parser.add_argument("--ack", action="store_true", help="acknowledge each payload (for the lessons)")
+    parser.add_argument("--token", help="show who you are (for lessons/auth_server.py)")
     args = parser.parse_args()
     try:
-        return asyncio.run(consume(args.url, args.count, args.ack))
+        return asyncio.run(consume(args.url, args.token, args.count, args.ack))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
+    except InvalidStatus as error:
+        why = " ".join(error.response.body[:200].decode(errors="replace").split())
+        return f"{args.url}: {error} {why}".rstrip()
     except (OSError, ValueError, WebSocketException) as error:  # a ValueError is a bad port
         return f"{args.url}: {error}"
 

@@ -72,7 +72,7 @@ async def send(websocket: ClientConnection, verbose: bool) -> None:
             await websocket.send(payload)
 
 
-async def receive(url: str, verbose: bool) -> str | None:
+async def receive(url: str, token: str | None, verbose: bool) -> str | None:
     """Take receipts, connecting again as needed. Returns the reason when the server refuses a payload."""
     connected = False
 
@@ -81,7 +81,8 @@ async def receive(url: str, verbose: bool) -> str | None:
         refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
         return None if connected and not refused else error
 
-    async for websocket in connect(url, process_exception=retry, close_timeout=1):
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    async for websocket in connect(url, additional_headers=headers, process_exception=retry, close_timeout=1):
         connected = True
         sender = asyncio.create_task(send(websocket, verbose))
         try:
@@ -103,12 +104,12 @@ async def receive(url: str, verbose: bool) -> str | None:
     return None
 
 
-async def produce(url: str, lines: Iterator[bytes], verbose: bool) -> str | None:
+async def produce(url: str, token: str | None, lines: Iterator[bytes], verbose: bool) -> str | None:
     loop = asyncio.get_running_loop()
     end: asyncio.Future[str | None] = loop.create_future()
     # A daemon: the thread of an asyncio.to_thread() would hold up Ctrl+C until the next line comes.
     threading.Thread(target=read, args=(lines, loop, end), daemon=True).start()
-    receiver = asyncio.create_task(receive(url, verbose))
+    receiver = asyncio.create_task(receive(url, token, verbose))
     done, _ = await asyncio.wait([end, receiver], return_when=asyncio.FIRST_COMPLETED)
     return done.pop().result()
 
@@ -119,15 +120,19 @@ def main() -> int | str | None:
     parser.add_argument("--url", default="ws://127.0.0.1:8000/ws/producer")
     parser.add_argument("--interval", type=float, default=1, metavar="SECONDS", help="between two payloads")
     parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N payloads")
+    parser.add_argument("--token", help="show who you are (for lessons/auth_server.py)")
     args = parser.parse_args()
     lines = standard_input() if args.stdin else ticks(args.interval, args.count)
     try:
-        return asyncio.run(produce(args.url, lines, verbose=not args.stdin))
+        return asyncio.run(produce(args.url, args.token, lines, verbose=not args.stdin))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
+    except InvalidStatus as error:
+        why = " ".join(error.response.body[:200].decode(errors="replace").split())
+        return f"{args.url}: {error} {why}".rstrip()
     except (OSError, ValueError, WebSocketException) as error:  # a ValueError is a bad port
         return f"{args.url}: {error}"
 

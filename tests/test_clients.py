@@ -404,7 +404,7 @@ async def test_http_error_after_a_restart(start: Start) -> None:
     assert answers == []
     first, second = consumer.err.splitlines()
     assert first == "closed with 1006: the server went away; connecting again"
-    assert second.endswith("HTTP 403")
+    assert second.endswith("HTTP 403 no")
 
 
 def no_server() -> str:

@@ -284,7 +284,9 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     )  # fmt: skip
     async with redis:
         tasks = [asyncio.create_task(forward(redis)), asyncio.create_task(listen(redis))]
-        await tried.wait()  # or the first messages would stay here
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                await tried.wait()  # or the first messages would stay here
         yield
         for task in tasks:
             task.cancel()

@@ -28,7 +28,7 @@ from playwright.async_api import (
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, until, uvicorn_command, wait_for
-from tests.test_playground import CHROMIUM, FLAGS
+from tests.test_playground import CHROMIUM, CONTRAST, FLAGS
 
 PHONE: ViewportSize = {"width": 360, "height": 740}
 AT_ONCE = 3000 * SLOWNESS  # ms: less than the page takes to forget who is silent
@@ -47,27 +47,6 @@ SHAPELESS = {
     '{"__proto__": {"name": "Eve", "text": "a"}}': '{"__proto__":{"name":"Eve","text":"a"}}',
 }
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
-# What text stands out less from its background than WCAG asks; and how light the page is.
-CONTRAST = """() => {
-    const parse = (color) => color.match(/[\\d.]+/g).map(Number);
-    const light = (color) => parse(color).slice(0, 3).map((part) => part / 255)
-        .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
-    const behind = (element) => {
-        const color = getComputedStyle(element).backgroundColor;
-        return parse(color)[3] === 0 ? behind(element.parentElement) : color;
-    };
-    const faint = [];
-    for (const element of document.querySelectorAll("body *")) {
-        const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
-        if (!texts.some((text) => text.data.trim()) || !element.checkVisibility()) continue;
-        const pair = [getComputedStyle(element).color, behind(element)];
-        const [high, low] = pair.map(light).sort((a, b) => b - a);
-        if ((high + 0.05) / (low + 0.05) < 4.5) faint.push([element.outerHTML, ...pair]);
-    }
-    return [faint, light(behind(document.body))];
-}"""
-
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(

@@ -62,6 +62,27 @@ BAD = {
     "Too large": (1009, "at most 1048576 bytes"),
 }
 
+# What text stands out less from its background than WCAG asks; and how light the page is.
+CONTRAST = """() => {
+    const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+    const light = (color) => parse(color).slice(0, 3).map((part) => part / 255)
+        .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+    const behind = (element) => {
+        const color = getComputedStyle(element).backgroundColor;
+        return parse(color)[3] === 0 ? behind(element.parentElement) : color;
+    };
+    const faint = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+        if (!texts.some((text) => text.data.trim()) || !element.checkVisibility()) continue;
+        const pair = [getComputedStyle(element).color, behind(element)];
+        const [high, low] = pair.map(light).sort((a, b) => b - a);
+        if ((high + 0.05) / (low + 0.05) < 4.5) faint.push([element.outerHTML, ...pair]);
+    }
+    return [faint, light(behind(document.body))];
+}"""
+
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(
@@ -524,27 +545,7 @@ async def test_it_is_readable(browser: Browser, site: Server, scheme: str) -> No
     async with opened(browser, site, color_scheme=scheme) as playground:
         await playground.add()
         await playground.page.get_by_label("Payload, a JSON value").fill("[")
-        faint, background = await playground.page.evaluate(
-            """() => {
-                const parse = (color) => color.match(/[\\d.]+/g).map(Number);
-                const light = (color) => parse(color).slice(0, 3).map((part) => part / 255)
-                    .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-                    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
-                const behind = (element) => {
-                    const color = getComputedStyle(element).backgroundColor;
-                    return parse(color)[3] === 0 ? behind(element.parentElement) : color;
-                };
-                const faint = [];
-                for (const element of document.querySelectorAll("body *")) {
-                    const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
-                    if (!texts.some((text) => text.data.trim()) || !element.checkVisibility()) continue;
-                    const pair = [getComputedStyle(element).color, behind(element)];
-                    const [high, low] = pair.map(light).sort((a, b) => b - a);
-                    if ((high + 0.05) / (low + 0.05) < 4.5) faint.push([element.outerHTML, ...pair]);
-                }
-                return [faint, light(behind(document.body))];
-            }"""
-        )
+        faint, background = await playground.page.evaluate(CONTRAST)
         assert faint == []
         assert (background > 0.5) == (scheme == "light")
 

@@ -8,11 +8,13 @@ import argparse
 import asyncio
 import os
 import sys
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 PAUSE = 1  # seconds between a connection that was closed and the next
+LOCAL = "localhost", "127.0.0.1", "::1"
 
 
 async def consume(url: str, token: str | None, count: int, ack: bool) -> str | None:
@@ -25,7 +27,11 @@ async def consume(url: str, token: str | None, count: int, ack: bool) -> str | N
         return None if connected and not refused else error
 
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    async for websocket in connect(url, additional_headers=headers, process_exception=retry, close_timeout=1):
+    # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+    proxy = None if urlsplit(url).hostname in LOCAL else True
+    async for websocket in connect(
+        url, proxy=proxy, additional_headers=headers, process_exception=retry, close_timeout=1
+    ):
         connected = True
         try:
             async for payload in websocket:

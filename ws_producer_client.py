@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -24,6 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 AHEAD = 500  # payloads on their way at most, without a receipt
 MAX_LINE = 1024 * 1024 + 2  # bytes of the largest payload and its line end; of a longer line, the start
 PAUSE = 1  # seconds between a connection that was closed and the next
+LOCAL = "localhost", "127.0.0.1", "::1"
 REFUSED = 1007, 1008, 1009  # close codes that trying again won't change (RFC 6455, section 7.4.1)
 outbox: asyncio.Queue[tuple[int, str]] = asyncio.Queue()  # line numbers and payloads
 unechoed: deque[tuple[int, str]] = deque()  # those that were sent and have no receipt yet
@@ -82,7 +84,11 @@ async def receive(url: str, token: str | None, verbose: bool) -> str | None:
         return None if connected and not refused else error
 
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    async for websocket in connect(url, additional_headers=headers, process_exception=retry, close_timeout=1):
+    # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+    proxy = None if urlsplit(url).hostname in LOCAL else True
+    async for websocket in connect(
+        url, proxy=proxy, additional_headers=headers, process_exception=retry, close_timeout=1
+    ):
         connected = True
         sender = asyncio.create_task(send(websocket, verbose))
         try:

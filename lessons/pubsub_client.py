@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from paho.mqtt.client import topic_matches_sub
 from websockets.asyncio.client import connect
@@ -32,6 +33,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 TIMEOUT = 10  # seconds to wait for an answer
 INBOX = 1000  # messages that wait for a slow callback; then the server's buffer fills, and it drops some
 PAUSE = 1  # seconds between a connection that was closed and the next
+LOCAL = "localhost", "127.0.0.1", "::1"
 log = logging.getLogger(__name__)
 Message = dict[str, Any]  # topic, data, and from: the id of who published it
 Callback = Callable[[Message], object]  # async or not
@@ -106,7 +108,9 @@ class PubSubClient:
             return None if self.id and not refused else error  # None: try again
 
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
-        options: Any = {"additional_headers": headers, "max_size": None, "close_timeout": 1}
+        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+        proxy = None if urlsplit(self._url).hostname in LOCAL else True
+        options: Any = {"additional_headers": headers, "max_size": None, "close_timeout": 1, "proxy": proxy}
         async for websocket in connect(self._url, process_exception=retry, **options):
             self._websocket = websocket
             try:

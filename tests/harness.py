@@ -47,9 +47,12 @@ CONNECTING = {
 }
 PRODUCER, CONSUMER = "/ws/producer", "/ws/consumer"
 SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
+NO_PROXY_THERE = "http://127.0.0.1:9"  # the discard port, where nobody listens
+# As on a machine behind a proxy: every test shows that the clients do not use it for this machine.
+PROXIES = {"HTTP_PROXY": NO_PROXY_THERE, "HTTPS_PROXY": NO_PROXY_THERE, "NO_PROXY": ""}
 SCRIPT_ENV = {
     **os.environ,
-    "NO_PROXY": "127.0.0.1",
+    **PROXIES,
     "PYTHONUTF8": "1",
     "WEBSOCKETS_BACKOFF_INITIAL_DELAY": "0.1",
     "WEBSOCKETS_BACKOFF_MIN_DELAY": "0.1",
@@ -562,6 +565,22 @@ class Script:
             if file:
                 with suppress(BrokenPipeError):
                     file.close()
+
+
+@asynccontextmanager
+async def recording_proxy() -> AsyncIterator[tuple[str, list[str]]]:
+    """Start an HTTP proxy that refuses every request. Yields its URL and the first line of each request."""
+    requests: list[str] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        requests.append(head.decode().splitlines()[0])
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", requests
 
 
 class Consumer:

@@ -445,6 +445,15 @@ async def check_no_connection(start: Start, url: str, reason: str) -> None:
         assert script.out == ""
 
 
+async def test_a_proxy_is_used_for_other_hosts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is ignored for 127.0.0.1, as all other tests show, and used for any other host."""
+    async with harness.recording_proxy() as (proxy, requests):
+        monkeypatch.setitem(harness.SCRIPT_ENV, "HTTP_PROXY", proxy)
+        monkeypatch.setitem(harness.SCRIPT_ENV, "HTTPS_PROXY", proxy)
+        await check_no_connection(start, "ws://example.invalid:80", "403")
+    assert requests == ["CONNECT example.invalid:80 HTTP/1.1"] * len(SCRIPTS)
+
+
 # Ctrl+C
 
 

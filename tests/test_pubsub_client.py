@@ -18,25 +18,38 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.client import backoff
 from websockets.datastructures import Headers
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.http11 import Request, Response
 
 from lessons import pubsub_client
 from lessons.pubsub_client import Message, PubSubClient
-from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, running, until, uvicorn_command
+from tests.harness import (
+    PROXIES,
+    ROOT,
+    SLOWNESS,
+    TIMEOUT,
+    Server,
+    free_port,
+    recording_proxy,
+    running,
+    until,
+    uvicorn_command,
+)
 
 COMMAND = uvicorn_command("lessons.pubsub_server:app")
 FAST = {"initial_delay": 0.1, "min_delay": 0.1, "max_delay": 0.2}  # seconds between tries to connect
-ENV = {**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONUTF8": "1"} | {
+ENV = {**os.environ, **PROXIES, "PYTHONUTF8": "1"} | {
     f"WEBSOCKETS_BACKOFF_{name.upper()}": str(value) for name, value in FAST.items()
 }
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 WELCOME = json.dumps({"type": "welcome", "id": "1", "host": "h", "pid": 7})
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connect again without the pauses that spare a real server."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(pubsub_client, "PAUSE", 0.05)
     monkeypatch.setattr(backoff, "__defaults__", (*FAST.values(), 1.5))
 
@@ -418,7 +431,7 @@ async def subscribed(server: Server, topic: str) -> None:
 
     def reached() -> int:
         request = urllib.request.Request(server.url(f"/publish/{topic}", "http"), b'"subscribed?"')
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        with DIRECTLY.open(request, timeout=TIMEOUT) as response:
             return int(json.load(response)["reached"])
 
     async with asyncio.timeout(2 * TIMEOUT):
@@ -546,3 +559,14 @@ def test_errors_of_the_command(
         pubsub_client.main()
     assert isinstance(end.value.code, str)  # which Python prints, to exit with 1
     assert re.fullmatch(expected, end.value.code, re.DOTALL)
+
+
+async def test_a_proxy_is_used_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is ignored for 127.0.0.1, as all other tests show, and used for any other host."""
+    async with recording_proxy() as (proxy, requests):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        with pytest.raises(WebSocketException):
+            async with PubSubClient("ws://example.invalid:80/ws") as client:
+                await client.wait_until_ready()
+    assert requests == ["CONNECT example.invalid:80 HTTP/1.1"]

@@ -8,14 +8,18 @@ once: what was echoed to its producer reaches one consumer, unless that one dies
 import asyncio
 import itertools
 import logging
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import uvicorn
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
@@ -112,8 +116,11 @@ async def stats() -> dict[str, int | bool]:
 
 
 @app.get("/")
-async def index() -> FileResponse:
-    return FileResponse(Path(__file__).parent / "web/index.html", headers={"Content-Security-Policy": CSP})
+async def index() -> Response:
+    page = Path(__file__).parent / "web/index.html"
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":

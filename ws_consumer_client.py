@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
 PAUSE = 1  # seconds between a connection that was closed and the next
 LOCAL = "localhost", "127.0.0.1", "::1"
 
@@ -27,10 +30,13 @@ async def consume(url: str, token: str | None, count: int, ack: bool) -> str | N
         return None if connected and not refused else error
 
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
-    proxy = None if urlsplit(url).hostname in LOCAL else True
     async for websocket in connect(
-        url, proxy=proxy, additional_headers=headers, process_exception=retry, close_timeout=1
+        url,
+        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+        proxy=None if urlsplit(url).hostname in LOCAL else True,
+        additional_headers=headers,
+        process_exception=retry,
+        close_timeout=1,
     ):
         connected = True
         try:

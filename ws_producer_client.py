@@ -22,6 +22,9 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
 AHEAD = 500  # payloads on their way at most, without a receipt
 MAX_LINE = 1024 * 1024 + 2  # bytes of the largest payload and its line end; of a longer line, the start
 PAUSE = 1  # seconds between a connection that was closed and the next
@@ -84,10 +87,13 @@ async def receive(url: str, token: str | None, verbose: bool) -> str | None:
         return None if connected and not refused else error
 
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
-    proxy = None if urlsplit(url).hostname in LOCAL else True
     async for websocket in connect(
-        url, proxy=proxy, additional_headers=headers, process_exception=retry, close_timeout=1
+        url,
+        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+        proxy=None if urlsplit(url).hostname in LOCAL else True,
+        additional_headers=headers,
+        process_exception=retry,
+        close_timeout=1,
     ):
         connected = True
         sender = asyncio.create_task(send(websocket, verbose))

@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -24,8 +25,11 @@ from typing import Annotated
 import uvicorn
 from fastapi import Depends, FastAPI, Query, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.exceptions import WebSocketRequestValidationError
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
@@ -157,7 +161,7 @@ async def consumer(websocket: WebSocket, prefetch: Annotated[int, Query(ge=1, le
             refusal = await settle(websocket, window)
             for helper in helpers:
                 helper.cancel()
-    except* TimeoutError:
+    except* TimeoutError:  # needs Python 3.11
         log.warning("consumer %s is given up: it has not read for %d s", websocket.client, SEND_TIMEOUT)
     except* asyncio.CancelledError:  # see producer()
         pass
@@ -176,9 +180,11 @@ async def stats() -> dict[str, int | bool]:
 
 
 @app.get("/")
-async def index() -> FileResponse:
+async def index() -> Response:
     page = Path(__file__).parent.parent / "web/index.html"
-    return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import secrets
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -24,13 +25,16 @@ from typing import Annotated, Any
 
 import jwt
 import uvicorn
-from fastapi import Depends, FastAPI, Response, Security, WebSocket, WebSocketDisconnect
+from fastapi import Depends, FastAPI, Security, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import HTTPException, WebSocketException
 from fastapi.requests import HTTPConnection, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.security import OAuth2PasswordRequestForm, SecurityScopes
 from pwdlib import PasswordHash
 from pydantic_core import from_json
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
@@ -240,9 +244,11 @@ async def stats() -> dict[str, int | bool]:
 
 
 @app.get("/")
-async def index() -> FileResponse:
+async def index() -> Response:
     page = Path(__file__).parent.parent / "web/index.html"
-    return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":

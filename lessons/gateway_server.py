@@ -12,6 +12,7 @@ has read from one side, and not yet written to the other, is lost with the conne
 import asyncio
 import logging
 import os
+import sys
 from contextlib import suppress
 
 import uvicorn
@@ -19,6 +20,9 @@ from fastapi import Depends, FastAPI, Response, WebSocket, WebSocketDisconnect, 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.uri import parse_uri
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 UPSTREAM = os.environ.get("UPSTREAM", "ws://127.0.0.1:8001").rstrip("/")  # with or without a path
 HEADERS = {"authorization", "cookie", "x-request-id"}  # of the client's, that the upstream gets

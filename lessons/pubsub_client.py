@@ -30,6 +30,9 @@ from paho.mqtt.client import topic_matches_sub
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
 TIMEOUT = 10  # seconds to wait for an answer
 INBOX = 1000  # messages that wait for a slow callback; then the server's buffer fills, and it drops some
 PAUSE = 1  # seconds between a connection that was closed and the next

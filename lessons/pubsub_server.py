@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Literal
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.requests import HTTPConnection, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from paho.mqtt.matcher import MQTTMatcher
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -32,6 +33,9 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 BUFFER = 1000  # messages that wait for a slow subscriber
 WHEN_SLOW: Literal["drop oldest", "drop newest", "disconnect"] = "drop oldest"
@@ -386,9 +390,11 @@ async def broadcast_by_http(data: Annotated[Any, Depends(body)]) -> dict[str, in
 
 
 @app.get("/")
-async def index() -> FileResponse:
+async def index() -> Response:
     page = Path(__file__).parent.parent / "web/chat.html"
-    return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("Publish and subscribe over one websocket, /ws.")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import secrets
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,12 +28,15 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.exceptions import WebSocketRequestValidationError
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
@@ -344,7 +348,7 @@ async def consumer(websocket: WebSocket, prefetch: Annotated[int, Query(ge=1, le
             refusal = await settle(websocket, window)
             for helper in helpers:
                 helper.cancel()
-    except* TimeoutError:
+    except* TimeoutError:  # needs Python 3.11
         log.warning("consumer %s is given up: it has not read for %d s", websocket.client, SEND_TIMEOUT)
     except* asyncio.CancelledError:  # see producer()
         pass
@@ -369,9 +373,11 @@ async def stats() -> dict[str, int | bool]:
 
 
 @app.get("/")
-async def index() -> FileResponse:
+async def index() -> Response:
     page = Path(__file__).parent.parent / "web/index.html"
-    return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import logging
 import operator
 import os
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -25,6 +26,9 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field, RootModel, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 MAX_MESSAGE = 1024 * 1024  # bytes of UTF-8
 OUTBOX = 1000  # messages that wait to be written to a client; with one more it is too slow
@@ -221,7 +225,7 @@ async def endpoint(websocket: WebSocket, caller: Annotated[str, Depends(signed_i
             sender.cancel()
     except* WebSocketException as refusals:
         refusal = refusals.exceptions[0]
-    except* TimeoutError:
+    except* TimeoutError:  # needs Python 3.11
         refusal = WebSocketException(1013, "you read too slowly: connect again")
     except* (WebSocketDisconnect, RuntimeError):
         pass  # it left while it was sent something

@@ -22,6 +22,7 @@ def listed(file: Path) -> dict[str, Requirement]:
     """What a requirements.txt lists, by name, and the files that it includes."""
     found = {}
     for line in file.read_text().splitlines():
+        line = line.partition(" #")[0].strip()
         if line.startswith("-r "):
             found.update(listed(file.parent / line.removeprefix("-r ")))
         elif line:

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=15.0"]
+# ///
 """Forward one websocket to another: producers fill an asyncio.Queue, consumers drain it.
 
 Run `python server.py`, then `python ws_consumer_client.py` and `python ws_producer_client.py` in two more

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=15.0"]
+# ///
 """Print the payloads that the server sends, one a line: python ws_consumer_client.py | jq .value
 
 Payloads go to standard output, everything else to standard error. When the server goes away, this waits for

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=15.0"]
+# ///
 """Send payloads, one a second or the lines of standard input. The server echoes each as its receipt.
 
     python ws_producer_client.py

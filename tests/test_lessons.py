@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from tests.harness import ROOT
 
 LESSONS = sorted((ROOT / "lessons").glob("*.py"))
+FILES = [*sorted(ROOT.glob("*.py")), *LESSONS]
 OURS = {path.stem for path in [*ROOT.glob("*.py"), *LESSONS]} | {"bench", "lessons", "tests"}
 
 
@@ -90,7 +91,7 @@ def test_requirements() -> None:
     assert needed == listed(ROOT / "lessons" / "requirements.txt").keys()
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", FILES, ids=lambda lesson: lesson.name)
 def test_dependencies(lesson: Path) -> None:
     """Its PEP 723 block agrees with requirements.txt, and covers what it imports."""
     assert block(lesson)["requires-python"] == ">=3.11"
@@ -105,7 +106,7 @@ def test_dependencies(lesson: Path) -> None:
         assert "websockets" in present, "uvicorn needs it for websockets"
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", FILES, ids=lambda lesson: lesson.name)
 def test_stands_alone(lesson: Path) -> None:
     """It imports no other file of the project."""
     assert not set(imports(lesson)) & OURS

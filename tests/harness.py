@@ -45,6 +45,10 @@ CONNECTING = {
     "max_queue": None,
     "max_size": None,
 }
+# A shell ignores SIGINT for what it runs in the background (`pytest &`), and so would every process started
+# here, which inherits that: no Ctrl+C would reach the servers.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 PRODUCER, CONSUMER = "/ws/producer", "/ws/consumer"
 SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
 NO_PROXY_THERE = "http://127.0.0.1:9"  # the discard port, where nobody listens

@@ -1,0 +1,25 @@
+"""The tests' own tools work, however the tests are started."""
+
+import subprocess
+import sys
+
+from tests.harness import ROOT
+
+INTERRUPT_A_CLIENT = """
+import asyncio
+import signal
+from contextlib import closing
+from tests.harness import CONSUMER, SERVERS, Script, produce, running, wait_for
+
+with running(SERVERS["server.py"]) as server, closing(Script(server.url(CONSUMER))) as script:
+    asyncio.run(produce(server, ["1"]))
+    wait_for(lambda: script.lines == ["1"], "the payload")
+    script.process.send_signal(signal.SIGINT)
+    wait_for(lambda: script.process.poll() is not None, "the client to end")
+"""
+
+
+def test_ctrl_c_reaches_a_client_if_the_tests_run_in_the_background() -> None:
+    """A shell starts `pytest &` with SIGINT ignored. What the tests start does not inherit that."""
+    in_background = ["sh", "-c", '"$@" & wait $!', "sh"]
+    subprocess.run([*in_background, sys.executable, "-c", INTERRUPT_A_CLIENT], cwd=ROOT, check=True)

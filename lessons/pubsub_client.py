@@ -202,7 +202,9 @@ def main() -> None:
         os._exit(130)  # sys.exit() would wait until the thread has read its line
     except json.JSONDecodeError as error:
         sys.exit(f"not JSON: {error.doc:.60}")
-    except (OSError, RecursionError, ValueError, WebSocketException) as error:
+    except RecursionError:  # of which each Python says something else
+        sys.exit("not JSON: nested too deep")
+    except (OSError, ValueError, WebSocketException) as error:
         sys.exit(f"{args.url}: {str(error) or 'no answer'}")
 
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -34,7 +35,7 @@ from uvicorn.supervisors import Multiprocess
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
-FULL_TRIES = 25  # looks for room in that time
+FULL_PAUSE = 0.04  # seconds between two looks for room, on average
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes from a backlog before it is the next one's turn
 BATCH = 256  # payloads that one call brings to the queue or from it
@@ -132,6 +133,7 @@ threads = ThreadPoolExecutor(2)  # for calls: one that may wait for a payload, a
 idle: set[WebSocket] = set()  # consumers that wait for a payload
 hungry, stopping = asyncio.Event(), asyncio.Event()
 turn = asyncio.Lock()  # idle consumers stand in line for it, so that a payload wakes only the first
+line = asyncio.Lock()  # producers that wait for room
 
 
 async def call(method: Callable[..., Any], *args: object) -> Any:
@@ -183,12 +185,27 @@ def check(payload: str | None) -> str:
 
 
 async def put(payloads: list[str]) -> int:
-    """Queue the first of the payloads, as many as there is room for, at least one. Returns how many."""
-    for _ in range(FULL_TRIES):
-        if accepted := await call(shared.put, payloads):
-            return int(accepted)
-        await asyncio.sleep(FULL_TIMEOUT / FULL_TRIES)
-    raise WebSocketException(1013, "the queue is full: try again later")
+    """Queue the first of the payloads, as many as there is room for, at least one. Returns how many.
+
+    Producers that find no room stand in line. Otherwise each would look for room at its own times, and one
+    that always looks just after another would be refused, though room became free all the time.
+    """
+    if not line.locked() and (accepted := await call(shared.put, payloads)):
+        return int(accepted)
+    deadline = time.monotonic() + FULL_TIMEOUT
+    try:
+        async with asyncio.timeout(FULL_TIMEOUT):
+            await line.acquire()
+    except TimeoutError:
+        raise WebSocketException(1013, "the queue is full: try again later") from None
+    try:
+        while not (accepted := await call(shared.put, payloads)):
+            if time.monotonic() > deadline:
+                raise WebSocketException(1013, "the queue is full: try again later")
+            await asyncio.sleep(random.uniform(0.5, 1.5) * FULL_PAUSE)  # not in step with another worker
+        return int(accepted)
+    finally:
+        line.release()
 
 
 async def receive(websocket: WebSocket, payloads: list[str]) -> bool:

@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import random
 import secrets
 import socket
 import sys
@@ -40,7 +41,7 @@ if sys.version_info < (3, 11):
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
-FULL_TRIES = 25  # looks for room in that time
+FULL_PAUSE = 0.04  # seconds between two looks for room, on average
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or from it
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first
@@ -124,6 +125,7 @@ redis = Redis.from_pool(pool)
 add, take, leave = (redis.register_script(script) for script in (PUT, TAKE, LEAVE))
 windows: set[Window] = set()
 free: deque[Window] = deque()  # those with room, in line for the next payload
+line = asyncio.Lock()  # producers that wait for room
 settled: list[str] = []  # ids, until Redis knows
 returned: list[Any] = []  # the same; Any, because redis-py asks for a list of all that an id can be
 hungry, news = asyncio.Event(), asyncio.Event()  # a consumer has room; Redis has something to be told
@@ -257,12 +259,27 @@ def check(payload: str | None) -> str:
 
 
 async def put(payloads: list[str]) -> int:
-    """Queue the first of the payloads, as many as there is room for, at least one. Returns how many."""
-    for _ in range(FULL_TRIES):
-        if accepted := await call(add(KEYS, [GROUP, CAPACITY, *payloads])):
-            return int(accepted)
-        await asyncio.sleep(FULL_TIMEOUT / FULL_TRIES)
-    raise WebSocketException(1013, "the queue is full: try again later")
+    """Queue the first of the payloads, as many as there is room for, at least one. Returns how many.
+
+    Producers that find no room stand in line. Otherwise each would look for room at its own times, and one
+    that always looks just after another would be refused, though room became free all the time.
+    """
+    if not line.locked() and (accepted := await call(add(KEYS, [GROUP, CAPACITY, *payloads]))):
+        return int(accepted)
+    deadline = time.monotonic() + FULL_TIMEOUT
+    try:
+        async with asyncio.timeout(FULL_TIMEOUT):
+            await line.acquire()
+    except TimeoutError:
+        raise WebSocketException(1013, "the queue is full: try again later") from None
+    try:
+        while not (accepted := await call(add(KEYS, [GROUP, CAPACITY, *payloads]))):
+            if time.monotonic() > deadline:
+                raise WebSocketException(1013, "the queue is full: try again later")
+            await asyncio.sleep(random.uniform(0.5, 1.5) * FULL_PAUSE)  # not in step with another worker
+        return int(accepted)
+    finally:
+        line.release()
 
 
 async def receive(websocket: WebSocket, payloads: list[str]) -> bool:

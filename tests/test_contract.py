@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import chain
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -61,6 +62,7 @@ from tests.harness import (
     settled,
     until,
     vanish,
+    write,
 )
 
 PATHS = pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
@@ -348,6 +350,34 @@ async def test_a_producer_waits_while_the_queue_is_full(server: Server) -> None:
             assert [*rest, await taker.payload()] == [*payloads, '"patient"']
 
 
+async def test_producers_that_wait_for_space_take_turns(server: Server) -> None:
+    """A consumer takes 50 payloads a second from a full queue. None of eight producers is refused.
+
+    A server that only looks for space from time to time must let its producers stand in line. If each looks
+    for itself, one that looks just after another finds none, and is refused after a second.
+    """
+    count, paced = 40, 150
+    backlog = numbered(server.capacity)
+    sent = [[json.dumps([name, number]) for number in range(count)] for name in "abcdefgh"]
+    await produce(server, backlog)
+    async with AsyncExitStack() as stack:
+        producers = [await stack.enter_async_context(client(server, PRODUCER)) for _ in sent]
+        taker = await stack.enter_async_context(consumer(server, 8))
+        for producer, payloads in zip(producers, sent, strict=True):
+            write(producer, payloads)
+        received = []
+        for _ in range(paced):
+            received.append(await taker.payload())
+            await asyncio.sleep(0.02)
+            refused = [producer.close_reason for producer in producers if producer.close_code]
+            assert not refused
+        received += await taker.payloads(len(backlog) + len(sent) * count - paced)
+        for producer, payloads in zip(producers, sent, strict=True):
+            assert [await receive(producer) for _ in payloads] == payloads
+    assert received[: len(backlog)] == backlog
+    assert sorted(received[len(backlog) :]) == sorted(chain(*sent))
+
+
 async def test_two_floods_and_a_slow_consumer_are_all_served(server: Server) -> None:
     """Producers take turns at the room that a slow consumer makes: neither is refused or starves."""
     count = 1500
@@ -368,9 +398,10 @@ async def test_two_floods_and_a_slow_consumer_are_all_served(server: Server) -> 
         consumer(server, sock=narrow(server), max_queue=16) as taker,
         asyncio.TaskGroup() as group,
     ):
-        floods = [group.create_task(flood(*pair)) for pair in zip((one, other), sent, strict=True)]
-        group.create_task(take(taker))
-    assert [flooding.result()[0] for flooding in floods] == [count, count]
+        taking = group.create_task(take(taker))
+        floods = await asyncio.gather(flood(one, sent[0]), flood(other, sent[1]))
+        assert [echoed for echoed, _ in floods] == [count, count], "a producer was refused"
+        await taking
     assert received[: len(backlog)] == backlog
     for payloads in sent:
         assert [payload for payload in received if payload[:4] == payloads[0][:4]] == payloads

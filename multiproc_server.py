@@ -5,6 +5,12 @@ from any worker to any. At most once, as there; and a worker that is killed lose
 most BATCH payloads and one for each of its consumers. Read `diff server.py multiproc_server.py`.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl+C during the imports below ends the program at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import functools
@@ -14,7 +20,6 @@ import logging
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import threading
@@ -24,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.managers import BaseManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +49,8 @@ PATIENCE = 0.02  # seconds for which a worker waits for another that had less an
 WAIT = 0.3  # seconds that a call waits for a payload
 CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'"
 log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
-if __name__ != "__main__" and "QUEUE_ADDRESS" not in os.environ:
+# multiprocessing imports this file as __mp_main__ in the manager's process and in the workers.
+if __name__ not in ("__main__", "__mp_main__"):
     if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):  # say it once
         log.error("there is no queue: run python multiproc_server.py, which starts it, and the workers")
     sys.exit(3)  # which tells uvicorn not to try again
@@ -285,14 +292,24 @@ async def index() -> FileResponse:
     return FileResponse(Path(__file__).parent / "web/index.html", headers={"Content-Security-Policy": CSP})
 
 
-def after(process: Any, then: Callable[[], None]) -> None:
-    threading.Thread(target=lambda: (process.join(), then()), daemon=True).start()  # type: ignore[func-returns-value]
-
-
 def start_manager() -> None:
-    """Run in the manager's process: end after the parent, however that ends, and not before."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    after(multiprocessing.parent_process(), lambda: os._exit(1))
+    """Run in the manager's process, which must end after the parent, however the parent ends."""
+    threading.Thread(target=end_after_parent, daemon=True).start()
+
+
+def end_after_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
+
+
+def stop_after(manager_process: BaseProcess) -> None:
+    """Run in a thread of the parent. Stop the server if the manager's process dies."""
+    # The main thread blocks SIGINT, so Ctrl+C reaches this thread. Python runs the handler in the
+    # main thread all the same.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    manager_process.join()
+    if manager_process.exitcode:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
@@ -301,17 +318,24 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args()
-    manager = QueueManager()
+    # A new process inherits the blocked signals. Ctrl+C and systemd signal every process of the group,
+    # but the manager must outlive the workers. The resource tracker must start first, because its start
+    # unblocks both signals.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    # The default start method differs between systems and Python versions. "spawn" works on all of
+    # them. "fork" is unsafe on macOS. "forkserver" has a server process that dies if systemd sends
+    # SIGTERM to the whole group.
+    manager = QueueManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(start_manager)
+    # SIGINT stays blocked here, because Ctrl+C would interrupt the imports of a worker with a traceback.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ["QUEUE_ADDRESS"] = str(manager.address)
     [process] = multiprocessing.active_children()
-    after(process, lambda: os.kill(os.getpid(), signal.SIGTERM) if process.exitcode else None)
-    # Workers inherit the mask: Ctrl+C would interrupt their imports, with a traceback. lifespan() lifts it.
-    resource_tracker.ensure_running()  # before, because it lifts it too
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with manager:
-        config = uvicorn.Config(f"{Path(__file__).stem}:app", timeout_graceful_shutdown=1, **vars(args))
-        listener = config.bind_socket()
+    threading.Thread(target=stop_after, args=[process], daemon=True).start()
+    # In a worker too, __main__ is this file.
+    config = uvicorn.Config("__main__:app", timeout_graceful_shutdown=1, **vars(args))
+    with manager, config.bind_socket() as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvicorn forgets: Kludex/uvicorn#3149
         Multiprocess(config, [listener]).run()
         if process.exitcode is not None:

@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.harness import (
+    CONSUMER,
     PRODUCER,
     SERVERS,
     SLOWNESS,
@@ -23,6 +25,7 @@ from tests.harness import (
     client,
     consumer,
     drain,
+    numbered,
     produce,
     receive,
     running,
@@ -34,20 +37,65 @@ COMMAND = SERVERS["multiproc_server.py"]
 NAIVE = [sys.executable, "tests/naive/multiproc_server.py"]
 
 
+def children(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children()
+
+
 def workers(server: Server) -> list[psutil.Process]:
-    """The processes that hold uvicorn's workers."""
-    return [process for process in server.processes() if "spawn_main" in " ".join(process.cmdline())]
+    """Return the workers: the children that share the parent's listening TCP socket."""
+    return [
+        child
+        for child in children(server)
+        if any(conn.status == psutil.CONN_LISTEN for conn in child.net_connections("tcp"))
+    ]
+
+
+def unix_sockets(process: psutil.Process) -> list[Path]:
+    """Return the paths of the Unix sockets that the process has bound."""
+    return [Path(str(conn.laddr)) for conn in process.net_connections("unix") if conn.laddr]
 
 
 def manager(server: Server) -> psutil.Process:
-    """The process that holds the queue: the parent's fork, so it has the parent's command line."""
-    parent = psutil.Process(server.process.pid)
-    [process] = [child for child in parent.children() if child.cmdline() == parent.cmdline()]
+    """Return the process that holds the queue: the child that listens on a Unix socket."""
+    [process] = [child for child in children(server) if unix_sockets(child)]
     return process
 
 
 def serving(server: Server, count: int) -> bool:
     return server.log.count("Application startup complete") >= count
+
+
+def press_ctrl_c(server: Server) -> None:
+    """Send SIGINT to every process of the group, as a terminal does."""
+    os.killpg(server.process.pid, signal.SIGINT)
+
+
+def stop_service(server: Server) -> None:
+    """Send SIGTERM to every process of the group, as systemd does."""
+    os.killpg(server.process.pid, signal.SIGTERM)
+
+
+def kill_parent(server: Server) -> None:
+    """Send SIGTERM to the parent alone, as `kill` does."""
+    server.process.send_signal(signal.SIGTERM)
+
+
+def assert_it_ended_quietly(server: Server) -> None:
+    """Wait until the parent and all other processes have ended. None may print a traceback."""
+    # uvicorn may wait 5 s for a worker that is still importing.
+    assert server.ends_within(15) is not None, server.log
+    wait_for(lambda: not server.processes(), "all processes to end")
+    assert "Traceback" not in server.log, server.log
+
+
+@contextmanager
+def starting(command: list[str]) -> Iterator[Server]:
+    """Start a server, and do not wait until it accepts connections."""
+    server = Server(command)
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -212,16 +260,83 @@ async def test_the_manager_killed_ends_all(fresh: Server, parked: int) -> None:
     assert "Traceback" not in fresh.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_the_workers_start(number: signal.Signals) -> None:
-    """A signal to the whole group while the workers import ends all without a traceback."""
-    with running(COMMAND) as server:
-        for process in server.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-        assert server.ends_within(15) is not None  # uvicorn may be waiting 5 s for a sign of life
-        wait_for(lambda: not server.processes(), "all to end")
-        assert "Traceback" not in server.log
+@pytest.mark.parametrize("module", ["_socket", "pydantic_core"])
+def test_ctrl_c_while_the_parent_imports(module: str) -> None:
+    """Ctrl+C after the parent has imported this module ends it by SIGINT, without a word."""
+    with starting(COMMAND) as server:
+        maps = Path(f"/proc/{server.process.pid}/maps")
+        wait_for(lambda: f"/{module}" in maps.read_text(), f"the import of {module}", longest=0.005)
+        press_ctrl_c(server)
+        assert_it_ended_quietly(server)
+        assert server.process.returncode == -signal.SIGINT
+        assert server.log == ""
+
+
+@pytest.mark.parametrize("stop", [press_ctrl_c, stop_service, kill_parent])
+def test_stop_while_the_manager_starts(stop: Callable[[Server], None]) -> None:
+    """A signal while the manager's process imports leaves no process behind and prints no traceback."""
+    with starting(COMMAND) as server:
+        # The first child is multiprocessing's resource tracker.
+        wait_for(lambda: len(children(server)) == 2, "the manager's process", longest=0.005)
+        stop(server)
+        assert_it_ended_quietly(server)
+        assert server.process.returncode in (-signal.SIGINT, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [press_ctrl_c, stop_service, kill_parent])
+def test_stop_while_the_workers_start(stop: Callable[[Server], None]) -> None:
+    """A signal while the workers import ends all processes without a traceback."""
+    with starting(COMMAND) as server:
+        wait_for(lambda: len(children(server)) == 4, "both workers' processes", longest=0.005)
+        stop(server)
+        assert_it_ended_quietly(server)
+        assert server.process.returncode == 0
+
+
+@pytest.fixture(params=["fork", "forkserver", "spawn"])
+def start_method(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which every Python has this default start method of multiprocessing.
+
+    The default is forkserver on Linux since Python 3.14, and spawn on macOS.
+    """
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import multiprocessing\nmultiprocessing.set_start_method({request.param!r})\n"
+    )
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+async def test_any_default_start_method(start_method: dict[str, str]) -> None:
+    """The server forwards payloads, and ends quietly when systemd stops it."""
+    with running(COMMAND, env=start_method) as server:
+        wait_for(lambda: serving(server, 2), "both workers")
+        await produce(server, numbered(9))
+        async with consumer(server) as taker:
+            assert await taker.payloads(9) == numbered(9)
+        await produce(server, numbered(7))
+        stop_service(server)
+        await asyncio.to_thread(assert_it_ended_quietly, server)
+        assert server.process.returncode == 0
+        assert "7 payloads were still queued" in server.log
+
+
+async def test_naive_starts_with_any_default_start_method(start_method: dict[str, str]) -> None:
+    """The naive version forwards payloads too, so the tests of its faults run on every Python."""
+    with running(NAIVE, env=start_method) as server:
+        await produce(server, ["1"])
+        async with client(server, CONSUMER) as taker:
+            assert await receive(taker) == "1"
+
+
+@pytest.mark.parametrize("stop", [press_ctrl_c, kill_parent])
+def test_python_dev_mode_reports_nothing(stop: Callable[[Server], None]) -> None:
+    """`python -X dev` prints no warning, so every socket was closed."""
+    with running([COMMAND[0], "-X", "dev", *COMMAND[1:]]) as server:
+        wait_for(lambda: serving(server, 2), "both workers")
+        stop(server)
+        assert_it_ended_quietly(server)
+    # uvicorn opens stdin anew in each worker, and does not close it.
+    log = server.log.replace("ResourceWarning: unclosed file <_io.TextIOWrapper name=0 ", "")
+    assert "Warning" not in log, log
 
 
 def test_uvicorn_alone_says_what_to_run() -> None:
@@ -239,8 +354,6 @@ def test_uvicorn_alone_says_what_to_run() -> None:
 
 async def test_the_queue_is_closed_to_others(fresh: Server) -> None:
     """The manager listens on a socket in a folder that only its user can enter, and on no port."""
-    listening = [conn for conn in manager(fresh).net_connections("unix") if conn.laddr]
-    folders = {Path(str(conn.laddr)).parent for conn in listening if "listener" in str(conn.laddr)}
-    assert folders, "the socket is not found: this shows nothing"
-    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+    sockets = unix_sockets(manager(fresh))
+    assert {socket.parent.stat().st_mode & 0o777 for socket in sockets} == {0o700}
     assert not manager(fresh).net_connections("tcp")

@@ -4,7 +4,6 @@ Run `python tests/naive/multiproc_server.py PORT`.
 """
 
 import asyncio
-import multiprocessing
 import os
 import sys
 from multiprocessing.managers import BaseManager
@@ -21,6 +20,13 @@ class QueueManager(BaseManager):
     pass
 
 
+payloads: Queue[Any] = Queue()  # each process has one, but only the manager's is used
+
+
+def manager_queue() -> Queue[Any]:
+    return payloads
+
+
 def queue() -> Any:
     QueueManager.register("queue")
     manager = QueueManager(os.environ["QUEUE_ADDRESS"], b"secret")
@@ -28,7 +34,7 @@ def queue() -> Any:
     return manager.queue()  # type: ignore[attr-defined]
 
 
-if multiprocessing.parent_process():
+if "QUEUE_ADDRESS" in os.environ:  # in a worker
     shared = queue()
 
 
@@ -50,8 +56,7 @@ async def consumer(websocket: WebSocket) -> None:
 
 
 if __name__ == "__main__":
-    payloads: Queue[Any] = Queue()
-    QueueManager.register("queue", lambda: payloads)
+    QueueManager.register("queue", manager_queue)
     with QueueManager(authkey=b"secret") as manager:
         os.environ["QUEUE_ADDRESS"] = str(manager.address)
         sys.path.insert(0, os.getcwd())

@@ -35,6 +35,7 @@ from tests.harness import (
     SERVERS,
     SLOWNESS,
     Server,
+    client,
     reset,
     running,
     vanish,
@@ -148,3 +149,22 @@ async def test_naive_ends_with_a_traceback_after_the_graceful_timeout(naive: Ser
     """--timeout-graceful-shutdown cancels the endpoint, and uvicorn logs that as an error."""
     with fails(r"ended with a traceback(.|\n)*asyncio.exceptions.CancelledError"):
         await check_ends(naive, signal.SIGINT, 5, parked=1)
+
+
+@pytest.mark.parametrize(("sends", "code"), [(0, 1012), (2, 1006)], ids=["reads", "sends first"])
+async def test_a_client_that_sends_before_it_reads_sees_1006(sends: int, code: int) -> None:
+    """uvicorn closes the socket with its close frame, and does not wait for the client's.
+
+    What the client sends then is answered with a reset, and its next send fails. It gives the connection up,
+    and never reads the close frame, which has come. If this test fails, uvicorn waits for the client's close
+    frame, and the README's caveat is history.
+    """
+    with running(SERVERS["server.py"]) as server:
+        async with client(server, PRODUCER) as producer:
+            await (await producer.ping())
+            server.interrupt()
+            assert server.ends_within(5) is not None  # the event loop has no turn meanwhile
+            for _ in range(sends):
+                await producer.send("1")  # does not wait, so the event loop has still had no turn
+            await producer.wait_closed()
+            assert producer.close_code == code

@@ -551,7 +551,9 @@ async def test_it_ends_in_full_flow(fresh: Server) -> None:
         await until(lambda: len(received) > 1000, "payloads to flow")
         left = await end(fresh, signal.SIGINT, 2.5)
         echoed = sum([(await flooding)[0] for flooding in floods])
-    assert {taker.websocket.close_code for taker in takers} == {1012}
+    codes = {taker.websocket.close_code for taker in takers}
+    # A consumer that acknowledges sends all the time: see README.md, "1006 instead of 1012".
+    assert codes <= ({1012, 1006} if fresh.acks else {1012})
     assert len(received) + left >= echoed
 
 

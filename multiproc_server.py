@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=15.0"]
+# ///
 """Many workers, one queue: server.py with its queue in a process of its own, a multiprocessing manager's.
 
 Run `python multiproc_server.py` (--host, --port, --workers), and the clients as with server.py: payloads go
@@ -35,9 +39,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from uvicorn.supervisors import Multiprocess
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads in the queue; then producers wait
 FULL_TIMEOUT = 1  # seconds that a producer waits for room
@@ -288,8 +295,11 @@ async def stats() -> dict[str, int | bool]:
 
 
 @app.get("/")
-async def index() -> FileResponse:
-    return FileResponse(Path(__file__).parent / "web/index.html", headers={"Content-Security-Policy": CSP})
+async def index() -> Response:
+    page = Path(__file__).parent / "web/index.html"
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": CSP})
+    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
 
 
 def start_manager() -> None:

@@ -13,10 +13,9 @@ FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "lessons").glob("*.py")])
 WITH_A_PAGE = ["server", "multiproc_server", "ack_server", "auth_server", "redis_server", "pubsub_server"]
 # What runs a file on a Python that says it is 3.10. The packages are imported before it says so.
 ON_OLD_PYTHON = """
-import contextlib, runpy, sys
+import runpy, sys
 sys.path.insert(0, sys.argv[1])
-with contextlib.suppress(SystemExit):  # multiproc_server.py wants to be run, not imported
-    runpy.run_path(sys.argv[2], run_name="imported")
+runpy.run_path(sys.argv[2], run_name="__mp_main__")  # as a process of multiprocessing imports it
 sys.version_info = (3, 10, 13, "final", 0)
 runpy.run_path(sys.argv[2], run_name="__main__")
 """

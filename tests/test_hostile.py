@@ -1,0 +1,263 @@
+"""What a client may do to every server without harm to other clients, to the log or to the shutdown."""
+
+import asyncio
+import base64
+import os
+import signal
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Close, Frame, Opcode
+
+from tests.checks import end
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    SERVERS,
+    TIMEOUT,
+    Consumer,
+    Server,
+    client,
+    consumer,
+    narrow,
+    numbered,
+    produce,
+    settled,
+    until,
+    with_options,
+    write,
+)
+
+PROTOCOL = "lessons.robust_protocol:Protocol"
+ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that does not read, and some
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def command(request: pytest.FixtureRequest) -> list[str]:
+    """The command of each server in turn, with the robust protocol."""
+    return with_options(SERVERS[request.param], "--ws", os.environ.get("HOSTILE_WS", PROTOCOL))
+
+
+class RawClient:
+    """A websocket client that sends exactly the bytes that a test wants."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def shake_hands(self, path: str, headers: str = "") -> str:
+        """Send a handshake and return the status line of the answer. Raises TimeoutError without one."""
+        key = base64.b64encode(os.urandom(16)).decode()
+        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        request += f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n{headers}\r\n"
+        self.writer.write(request.encode())
+        async with asyncio.timeout(TIMEOUT / 3):
+            answer = await self.reader.readuntil(b"\r\n\r\n")
+        return answer.partition(b"\r\n")[0].decode()
+
+    def send(self, opcode: Opcode, data: bytes, fin: bool = True) -> None:
+        self.writer.write(Frame(opcode, data, fin).serialize(mask=True))
+
+    async def close_frame(self) -> Close:
+        """Return the close frame that comes, after whatever else comes. There must be one."""
+        async with asyncio.timeout(TIMEOUT):
+            while True:
+                first, length = await self.reader.readexactly(2)
+                if length == 126:
+                    (length,) = struct.unpack("!H", await self.reader.readexactly(2))
+                elif length == 127:
+                    (length,) = struct.unpack("!Q", await self.reader.readexactly(8))
+                data = await self.reader.readexactly(length)
+                if first & 0x0F == Opcode.CLOSE:
+                    return Close.parse(data)
+
+
+@asynccontextmanager
+async def raw_client(server: Server, sock: socket.socket | None = None) -> AsyncIterator[RawClient]:
+    """A connection to the server. With `sock`, a small one, it stops reading when 64 kB have come."""
+    if sock:
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+    else:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        yield RawClient(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+# Large handshakes
+
+LARGE_HANDSHAKES = {
+    "a request line of 9 kB": ("?topic=" + "x" * 9000, ""),
+    "a cookie of 9 kB": ("", f"Cookie: session={'x' * 9000}\r\n"),
+    "a token of 9 kB as a subprotocol": ("", f"Sec-WebSocket-Protocol: bearer, {'x' * 9000}\r\n"),
+    "a cookie of 100 kB": ("", f"Cookie: session={'x' * 100_000}\r\n"),
+    "200 headers": ("", "".join(f"X-{number}: x\r\n" for number in range(200))),
+}
+
+
+@pytest.mark.parametrize("large", LARGE_HANDSHAKES)
+async def test_a_large_handshake_gets_an_answer(server: Server, large: str) -> None:
+    """The server lets the client in, or says which part of its request is too large."""
+    query, headers = LARGE_HANDSHAKES[large]
+    async with raw_client(server) as raw:
+        status = await raw.shake_hands(PRODUCER + query, headers)
+    assert status.split()[1] in ("101", "400", "414", "431")
+
+
+async def test_ctrl_c_works_while_the_sender_of_a_large_handshake_is_connected(fresh: Server) -> None:
+    """The server ends without a traceback, and tells other clients with 1012."""
+    query, headers = LARGE_HANDSHAKES["a cookie of 9 kB"]
+    async with client(fresh, CONSUMER) as bystander, raw_client(fresh) as raw:
+        with suppress(TimeoutError):
+            await raw.shake_hands(PRODUCER + query, headers)
+        assert await end(fresh, signal.SIGINT, ENDING) == 0
+        await bystander.wait_closed()
+        assert bystander.close_code == 1012
+
+
+# Full sockets
+
+
+async def test_ctrl_c_works_after_a_consumer_that_does_not_read_has_sent_a_close_frame(fresh: Server) -> None:
+    """Its socket is full, so uvicorn's answer to the close frame waits. Others are told with 1012."""
+    payloads = numbered(300, 50_000)
+    async with AsyncExitStack() as stack:
+        bystander = await stack.enter_async_context(client(fresh, PRODUCER))
+        stuck = await stack.enter_async_context(consumer(fresh, 200, sock=narrow(fresh), max_queue=1))
+        await produce(fresh, payloads)
+        queued = await settled(fresh)
+        assert 0 < queued < len(payloads)
+        stuck.websocket.transport.write(Frame(Opcode.CLOSE, Close(1000, "").serialize()).serialize(mask=True))
+        left = len(payloads) if fresh.acks else queued + 1
+        await until(lambda: fresh.queued() == left, "the server to read the close frame")
+        assert await end(fresh, signal.SIGINT, ENDING) == left
+        await bystander.wait_closed()
+        assert bystander.close_code == 1012
+        stuck.websocket.transport.abort()
+
+
+async def test_ctrl_c_works_while_producers_that_do_not_read_are_refused(fresh: Server) -> None:
+    """Eight producers send 1 to 8 payloads of 1 MB and then bad JSON, and read nothing.
+
+    At the first whose echoes fill the socket, close() has to wait.
+    """
+    payload = numbered(1, 1_000_000)[0]
+    async with AsyncExitStack() as stack:
+        bystander = await stack.enter_async_context(client(fresh, PRODUCER))
+        for count in range(1, 9):
+            producer = await stack.enter_async_context(
+                client(fresh, PRODUCER, sock=narrow(fresh), max_queue=1)
+            )
+            stack.callback(producer.transport.abort)
+            write(producer, [payload] * count + ["{nonsense"])
+        await until(lambda: "closed with 1007" in fresh.log, "the server to refuse the first")
+        await settled(fresh)
+        await end(fresh, signal.SIGINT, ENDING)
+        await bystander.wait_closed()
+        assert bystander.close_code == 1012
+
+
+async def test_ctrl_c_works_while_a_consumer_that_does_not_read_is_refused(fresh: Server) -> None:
+    """With acknowledgements: it has many payloads, stops reading, and says something else than ack."""
+    if not fresh.acks:
+        pytest.skip("without acknowledgements, what a consumer says is ignored")
+    payloads = numbered(300, 50_000)
+    async with AsyncExitStack() as stack:
+        bystander = await stack.enter_async_context(client(fresh, PRODUCER))
+        stuck = await stack.enter_async_context(consumer(fresh, 1000, sock=narrow(fresh), max_queue=1))
+        await produce(fresh, payloads)
+        await settled(fresh)
+        stuck.websocket.transport.write(Frame(Opcode.TEXT, b"done").serialize(mask=True))
+        await until(lambda: "closed with 1008" in fresh.log, "the server to refuse it")
+        assert await end(fresh, signal.SIGINT, ENDING) == len(payloads)
+        await bystander.wait_closed()
+        assert bystander.close_code == 1012
+        stuck.websocket.transport.abort()
+
+
+# Frames that uvicorn refuses by itself
+
+NOT_UTF8 = b'"\xff\xfe"'
+
+
+@pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
+async def test_text_that_is_not_utf8_is_refused_with_a_reason(server: Server, path: str) -> None:
+    """The client gets 1007 and a reason, and the log one line."""
+    mark = len(server.log)
+    async with raw_client(server) as raw:
+        assert "101" in await raw.shake_hands(path)
+        raw.send(Opcode.TEXT, NOT_UTF8)
+        closed = await raw.close_frame()
+    assert closed.code == 1007
+    assert "UTF-8" in closed.reason
+    log = server.log[mark:]
+    assert "Traceback" not in log
+    lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
+    assert len(lines) == 1
+    assert f"closed with 1007: {closed.reason}" in lines[0]
+
+
+async def test_a_flood_of_pings_fills_no_memory(server: Server) -> None:
+    """A client sends 100 MB of pings and reads no pong. The server's memory grows by less than 20 MB."""
+    pings = Frame(Opcode.PING, b"x" * 119).serialize(mask=True) * 8000  # 1 MB
+    async with raw_client(server, narrow(server)) as raw:
+        assert "101" in await raw.shake_hands(PRODUCER)
+        before = most = server.rss()
+        for _ in range(100):
+            raw.writer.write(pings)
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    await raw.writer.drain()
+            except (TimeoutError, OSError):
+                break  # the server reads no more, or has closed the connection
+            most = max(most, server.rss())
+        assert most - before < 20_000_000
+    await produce(server, ['"after"'])
+
+
+# Shutdown
+
+
+async def send_without_end(producer: ClientConnection) -> None:
+    with suppress(ConnectionClosed):
+        while True:
+            await producer.send('"' + "x" * 10_000 + '"')
+
+
+async def read_to_the_end(websocket: ClientConnection) -> int:
+    """Read until the connection ends. Return how many frames came."""
+    count = 0
+    with suppress(ConnectionClosed):
+        async for _ in websocket:
+            count += 1
+    return count
+
+
+async def take_to_the_end(taker: Consumer) -> None:
+    with suppress(ConnectionClosed):
+        while True:
+            await taker.payload()
+
+
+async def test_producers_that_send_at_full_speed_are_told_with_1012(fresh: Server) -> None:
+    """Ctrl+C while four producers send: each gets the close frame, and not a TCP reset."""
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        taker = await stack.enter_async_context(consumer(fresh, 100))
+        producers = [await stack.enter_async_context(client(fresh, PRODUCER)) for _ in range(4)]
+        group.create_task(take_to_the_end(taker))
+        reading = [group.create_task(read_to_the_end(producer)) for producer in producers]
+        for producer in producers:
+            group.create_task(send_without_end(producer))
+        while not all(
+            producer.latency or producer.transport.get_write_buffer_size() for producer in producers
+        ):
+            await asyncio.sleep(0.01)
+        await end(fresh, signal.SIGINT, ENDING)
+        await asyncio.gather(*reading)
+    assert [producer.close_code for producer in producers] == [1012] * 4

@@ -252,8 +252,9 @@ async def producer(websocket: WebSocket) -> None:
                             await websocket.send_text(payloads.pop(0))
     except WebSocketException as refusal:
         log.warning("producer %s closed with %d: %s", websocket.client, refusal.code, refusal.reason)
-        with suppress(WebSocketDisconnect, RuntimeError):
-            await websocket.close(refusal.code, refusal.reason)
+        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
+                await websocket.close(refusal.code, refusal.reason)
     except asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
         log.warning("producer %s was cut off: it does not read its receipts", websocket.client)
 

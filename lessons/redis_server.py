@@ -312,8 +312,9 @@ async def producer(websocket: WebSocket) -> None:
                             await websocket.send_text(payloads.pop(0))
     except WebSocketException as refusal:
         log.warning("producer %s closed with %d: %s", websocket.client, refusal.code, refusal.reason)
-        with suppress(WebSocketDisconnect, RuntimeError):
-            await websocket.close(refusal.code, refusal.reason)
+        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
+                await websocket.close(refusal.code, refusal.reason)
     except asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
         log.warning("producer %s was cut off: it does not read its receipts", websocket.client)
 
@@ -377,8 +378,9 @@ async def consumer(websocket: WebSocket, prefetch: Annotated[int, Query(ge=1, le
         news.set()
     if refusal:
         log.warning("consumer %s closed with 1008: %s", websocket.client, refusal)
-        with suppress(WebSocketDisconnect, RuntimeError):
-            await websocket.close(1008, refusal)
+        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
+                await websocket.close(1008, refusal)
 
 
 @app.get("/stats")

@@ -329,6 +329,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--ws", default="auto", metavar="MODULE:CLASS", help="uvicorn's websocket protocol")
+    parser.add_argument("--ws-max-size", type=int, default=16 * MAX_PAYLOAD, metavar="BYTES")
+    parser.add_argument("--ws-per-message-deflate", type=bool, default=False)
     args = parser.parse_args()
     # A new process inherits the blocked signals. Ctrl+C and systemd signal every process of the group,
     # but the manager must outlive the workers. The resource tracker must start first, because its start

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -33,14 +34,16 @@ from tests.harness import (
     write,
 )
 
-PROTOCOL = "lessons.robust_protocol:Protocol"
+MIB = 1024 * 1024
+OPTIONS = ["--ws-per-message-deflate", "false", "--ws-max-size", str(MIB)]
+OPTIONS += ["--ws", "lessons.robust_protocol:Protocol"]
 ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that does not read, and some
 
 
 @pytest.fixture(scope="session", params=SERVERS)
 def command(request: pytest.FixtureRequest) -> list[str]:
-    """The command of each server in turn, with the robust protocol."""
-    return with_options(SERVERS[request.param], "--ws", os.environ.get("HOSTILE_WS", PROTOCOL))
+    """The command of each server in turn, with OPTIONS."""
+    return with_options(SERVERS[request.param], *os.environ.get("HOSTILE_OPTIONS", " ".join(OPTIONS)).split())
 
 
 class RawClient:
@@ -201,6 +204,43 @@ async def test_text_that_is_not_utf8_is_refused_with_a_reason(server: Server, pa
     lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
     assert len(lines) == 1
     assert f"closed with 1007: {closed.reason}" in lines[0]
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 20 * MIB], ids=["2 MiB", "20 MiB"])
+async def test_a_message_over_the_limit_is_refused_with_a_reason(server: Server, size: int) -> None:
+    """The client, which is still sending, sees 1009 and the reason, and not a TCP reset."""
+    mark = len(server.log)
+    async with client(server, PRODUCER) as producer:
+        with suppress(ConnectionClosed):
+            await producer.send("x" * size)
+        await producer.wait_closed()
+        assert producer.close_code == 1009
+        assert producer.close_reason
+        assert str(MIB) in producer.close_reason
+    assert f"closed with 1009: {producer.close_reason}" in server.log[mark:]
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
+async def test_messages_that_never_end_fill_no_memory(server: Server, compressed: bool) -> None:
+    """Fifty clients each send 15 MiB of a message and no end. Memory grows by less than 150 MB."""
+    data, headers = b"x" * 15 * MIB, ""
+    if compressed:
+        compressor = zlib.compressobj(wbits=-12)
+        data = (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+        headers = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
+    before = server.rss()
+    async with AsyncExitStack() as stack:
+        for _ in range(50):
+            raw = await stack.enter_async_context(raw_client(server))
+            assert "101" in await raw.shake_hands(PRODUCER, headers)
+            frame = bytearray(Frame(Opcode.TEXT, data, fin=False).serialize(mask=True))
+            frame[0] |= 0x40 * compressed  # the bit that marks a compressed message
+            raw.writer.write(frame)
+            with suppress(TimeoutError, OSError):
+                async with asyncio.timeout(TIMEOUT):
+                    await raw.writer.drain()
+        await produce(server, ['"a sign that the server has read all"'])
+        assert server.rss() - before < 150_000_000
 
 
 async def test_a_flood_of_pings_fills_no_memory(server: Server) -> None:

@@ -71,26 +71,38 @@ class PubSubClient:
         if self.closed.done():
             self.closed.result()
 
-    async def subscribe(self, topic: str, callback: Callback) -> None:
+    async def subscribe(self, topic: str | list[str], callback: Callback) -> None:
         """Call back with each message that matches: once, also where several of its filters match.
 
-        Returns when the server has subscribed us. Raises ValueError for what is no filter, or TimeoutError.
+        Returns when the server has subscribed us to all of a list's topics, of which there are 1,000 at most.
+        Raises ValueError for what is no filter, or TimeoutError.
         """
-        levels = topic.split("/")
-        if not topic or "#" in levels[:-1] or any({"+", "#"} & set(level) and level[1:] for level in levels):
-            raise ValueError(f"not a topic filter (MQTT 5, section 4.7): {topic}")
-        self._subscriptions.append((topic, callback))
-        answer = self._answers.setdefault(topic, asyncio.get_running_loop().create_future())
+        topics = [topic] if isinstance(topic, str) else topic
+        for one in topics:
+            levels = one.split("/")
+            if (
+                not one
+                or "#" in levels[:-1]
+                or any({"+", "#"} & set(level) and level[1:] for level in levels)
+            ):
+                raise ValueError(f"not a topic filter (MQTT 5, section 4.7): {one}")
+        self._subscriptions += [(one, callback) for one in topics]
+        loop = asyncio.get_running_loop()
+        answers = [self._answers.setdefault(one, loop.create_future()) for one in topics]
         await self._tell(type="subscribe", topic=topic)
+        answer = asyncio.ensure_future(asyncio.wait(answers))
         done, _ = await asyncio.wait([answer, self.closed], timeout=TIMEOUT, return_when="FIRST_COMPLETED")
+        answer.cancel()
         if self.closed in done:
             self.closed.result()
         if not done:
             raise TimeoutError(f"no answer to the subscription to {topic}")
 
-    async def unsubscribe(self, topic: str) -> None:
-        self._subscriptions = [(wanted, call) for wanted, call in self._subscriptions if wanted != topic]
-        self._answers.pop(topic, None)
+    async def unsubscribe(self, topic: str | list[str]) -> None:
+        topics = {topic} if isinstance(topic, str) else set(topic)
+        self._subscriptions = [(wanted, call) for wanted, call in self._subscriptions if wanted not in topics]
+        for one in topics:
+            self._answers.pop(one, None)
         await self._tell(type="unsubscribe", topic=topic)
 
     async def publish(self, topic: str, data: Any) -> None:
@@ -138,8 +150,9 @@ class PubSubClient:
                 log.info("connected as %s to process %s on %s", name, message["pid"], message["host"])
                 self._ready.set()
             case {"type": "subscribed", "topic": topic}:
-                if topic in self._answers and not self._answers[topic].done():
-                    self._answers[topic].set_result(None)
+                for one in [topic] if isinstance(topic, str) else topic:
+                    if one in self._answers and not self._answers[one].done():
+                        self._answers[one].set_result(None)
             case {"type": "message", "topic": _}:
                 await self._inbox.put(message)
             case {"type": "dropped", "count": count}:
@@ -175,8 +188,7 @@ async def run(args: argparse.Namespace) -> None:
         if args.command == "subscribe":
             log.setLevel(logging.INFO)
             client.on_direct = show
-            for topic in [args.topic, *args.more]:
-                await client.subscribe(topic, show)
+            await client.subscribe([args.topic, *args.more], show)
             await client.closed
         texts: Any = iter(filter(bytes.strip, sys.stdin.buffer) if args.more in ([], ["-"]) else args.more)
         loop, thread, echo = asyncio.get_running_loop(), ThreadPoolExecutor(), asyncio.Queue[Message]()

@@ -42,6 +42,7 @@ BUFFER = 1000  # messages that wait for a slow subscriber
 WHEN_SLOW: Literal["drop oldest", "drop newest", "disconnect"] = "drop oldest"
 MAX_MESSAGE = 1024 * 1024  # bytes of UTF-8
 MAX_TOPIC, MAX_LEVELS = 65_535, 200  # bytes of UTF-8 (MQTT 5, section 4.7.3); levels are matched recursively
+MAX_TOPICS = 1000  # in one subscribe or unsubscribe
 REDIS_URL = os.environ.get("REDIS_URL")
 CHANNEL = "pubsub"  # in Redis, one for all topics
 OUTBOX = 1000  # messages on their way to Redis; then publishers wait
@@ -55,7 +56,7 @@ Frame = dict[str, str]  # encoded once, and sent to all
 
 class Subscribe(BaseModel):
     type: Literal["subscribe", "unsubscribe"]
-    topic: str
+    topic: str | Annotated[list[str], Field(max_length=MAX_TOPICS)]
 
 
 class Publish(BaseModel):
@@ -97,6 +98,10 @@ class Subscriber:
         """Have it sent. This never waits: where the buffer is full, a message is dropped, and counted."""
         if len(self.buffer) == BUFFER or (self.dropped and WHEN_SLOW != "drop oldest"):
             self.dropped += 1
+            if WHEN_SLOW == "disconnect":
+                # Now, because send() may wait a long time for a subscriber that has stopped reading.
+                forget(self)
+                self.buffer.clear()
             if WHEN_SLOW != "drop oldest":
                 return
             self.buffer.popleft()
@@ -176,6 +181,13 @@ def unsubscribe(subscriber: Subscriber, topic: str) -> None:
         del filters[topic][subscriber]
         if not filters[topic]:
             del filters[topic], matcher[topic]
+
+
+def forget(subscriber: Subscriber) -> None:
+    """Deliver nothing more to it."""
+    subscribers.pop(subscriber.id, None)
+    for topic in list(subscriber.filters):
+        unsubscribe(subscriber, topic)
 
 
 def matching(topic: str) -> dict[Subscriber, None]:
@@ -322,8 +334,11 @@ async def obey(subscriber: Subscriber, text: str | None) -> Frame | None:
         case Send(to=to, data=data):
             await send([to] if isinstance(to, str) else to, data, subscriber.id)
         case Subscribe(type=command, topic=topic):
-            check(topic, wildcards=True)
-            (subscribe if command == "subscribe" else unsubscribe)(subscriber, topic)
+            topics = [topic] if isinstance(topic, str) else topic
+            for one in topics:
+                check(one, wildcards=True)
+            for one in topics:
+                (subscribe if command == "subscribe" else unsubscribe)(subscriber, one)
             return frame({"type": f"{command}d", "topic": topic})
     return None
 
@@ -356,9 +371,7 @@ async def connect(websocket: WebSocket) -> None:
     except asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
         pass
     finally:
-        del subscribers[subscriber.id]
-        for topic in list(subscriber.filters):
-            unsubscribe(subscriber, topic)
+        forget(subscriber)
 
 
 async def body(request: Request) -> Any:

@@ -241,6 +241,23 @@ async def test_a_subscription_is_there_when_subscribe_returns(server: Server, to
     assert got == [*range(20), "further"]
 
 
+async def test_a_list_of_topics(client: PubSubClient, topics: str) -> None:
+    """One call subscribes to all of them, one unsubscribes; a message that many match comes once."""
+    got: list[Any] = []
+    names = [f"{topics}/{number}" for number in range(300)]
+    await client.subscribe([*names, f"{topics}/#"], lambda message: got.append(message["data"]))
+    for name in (names[0], names[-1], f"{topics}/other"):
+        await client.publish(name, name)
+    await until(lambda: len(got) == 3, "all messages")
+    await client.unsubscribe([*names[1:], f"{topics}/#"])
+    await client.publish(names[-1], "not this")
+    await client.publish(names[0], "but this")
+    await until(lambda: len(got) == 4, "the last message")
+    assert got == [names[0], names[-1], f"{topics}/other", "but this"]
+    with pytest.raises(ValueError, match="not a topic filter"):
+        await client.subscribe(["good", "#/bad"], print)
+
+
 async def test_unsubscribe(client: PubSubClient, topics: str) -> None:
     """All callbacks of the filter are called no more, those of others are."""
     got: list[tuple[str, Any]] = []

@@ -38,6 +38,9 @@ async def consume(url: str, token: str | None, count: int, ack: bool) -> str | N
         url,
         # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
         proxy=None if urlsplit(url).hostname in LOCAL else True,
+        # A pong waits behind the payloads that the server has written ahead. If a busy consumer closed
+        # because a pong is late, it would lose all payloads that it has not read yet, without --ack.
+        ping_timeout=None,
         additional_headers=headers,
         process_exception=retry,
         close_timeout=1,

@@ -20,6 +20,7 @@ from tests.harness import (
     CONSUMER,
     PRODUCER,
     SERVERS,
+    SLOWNESS,
     TIMEOUT,
     Consumer,
     Server,
@@ -28,6 +29,7 @@ from tests.harness import (
     narrow,
     numbered,
     produce,
+    running,
     settled,
     until,
     with_options,
@@ -301,3 +303,57 @@ async def test_producers_that_send_at_full_speed_are_told_with_1012(fresh: Serve
         await end(fresh, signal.SIGINT, ENDING)
         await asyncio.gather(*reading)
     assert [producer.close_code for producer in producers] == [1012] * 4
+
+
+# Busy consumers
+
+
+async def lost_by_a_busy_consumer(server: Server, **options: object) -> int:
+    """3,000 payloads come to a consumer that works 1 ms on each and connects again when closed.
+
+    Returns how many never arrive.
+    """
+    payloads = numbered(3000, 60)
+    received: set[str] = set()
+
+    async def work() -> None:
+        while True:
+            async with consumer(server, 1000, max_queue=16, close_timeout=0.1, **options) as taker:
+                with suppress(ConnectionClosed):
+                    while True:
+                        received.add(await taker.payload())
+                        await asyncio.sleep(0.001)
+
+    working = asyncio.create_task(work())
+    for start in range(0, len(payloads), 500):
+        await until(lambda: server.queued() < 400, "room")
+        await produce(server, payloads[start : start + 500])
+    size, quiet = -1, 0
+    while quiet < 5:
+        await asyncio.sleep(0.2 * SLOWNESS)
+        quiet = quiet + 1 if size == len(received) and server.queued() == 0 else 0
+        size = len(received)
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    return len(payloads) - len(received)
+
+
+IMPATIENT = {"ping_interval": 0.2 * SLOWNESS, "ping_timeout": 0.3 * SLOWNESS}  # websockets': 20 s, 20 s
+
+
+async def test_a_busy_consumer_that_expects_its_pongs_loses_payloads() -> None:
+    """The pong waits behind the payloads, and so the client itself closes, with payloads in its socket."""
+    with running(SERVERS["server.py"]) as server:
+        assert await lost_by_a_busy_consumer(server, **IMPATIENT) > 100
+
+
+async def test_a_busy_consumer_loses_nothing_without_a_ping_timeout(server: Server) -> None:
+    """It sends pings as often, but does not close because a pong is late."""
+    patient = {**IMPATIENT, "ping_timeout": None}
+    assert await lost_by_a_busy_consumer(server, **patient) == 0
+
+
+async def test_a_busy_consumer_that_acknowledges_loses_nothing() -> None:
+    """It closes as often, but what it had not acknowledged comes again."""
+    with running(SERVERS["ack_server.py"]) as server:
+        assert await lost_by_a_busy_consumer(server, **IMPATIENT) == 0

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["uvicorn>=0.53", "websockets>=16.0"]
 # ///
-"""Keep one client from harming the others: uvicorn's websocket protocol, with five faults corrected.
+"""Keep one client from harming the others: uvicorn's websocket protocol, with six faults corrected.
 
 Use it with any app, in one of three ways:
 
@@ -18,6 +18,7 @@ and the end of the app's lifespan does not run. The class overrides public metho
 import logging
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Request
 from websockets.protocol import OPEN
 
 CLOSE_TIMEOUT = 1  # seconds in which a client may answer a close frame
@@ -38,6 +39,18 @@ class Protocol(WebSocketsSansIOProtocol):
         # (python-websockets/websockets#1732), but uvicorn does not send it. The client would wait
         # forever. Until it leaves, uvicorn's shutdown() would raise AssertionError.
         if self.conn.handshake_exc and not self.close_sent:
+            self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
+
+    def handle_connect(self, event: Request) -> None:
+        # Uvicorn applies --limit-concurrency to HTTP requests, but not to websockets.
+        limit = self.config.limit_concurrency
+        if limit is None or len(self.tasks) < limit:
+            super().handle_connect(event)
+        else:
+            log.warning("client %s refused: there are %d others", self.client, limit)
+            self.conn.send_response(self.conn.reject(503, "too many connections: try again later"))
             self.close_sent = True
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.transport.close()

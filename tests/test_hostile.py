@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Close, Frame, Opcode
 
 from tests.checks import end
@@ -357,3 +357,21 @@ async def test_a_busy_consumer_that_acknowledges_loses_nothing() -> None:
     """It closes as often, but what it had not acknowledged comes again."""
     with running(SERVERS["ack_server.py"]) as server:
         assert await lost_by_a_busy_consumer(server, **IMPATIENT) == 0
+
+
+# Connections
+
+
+@pytest.mark.parametrize(
+    "command", [with_options(SERVERS["server.py"], *OPTIONS, "--limit-concurrency", "20")]
+)
+async def test_a_limit_of_connections_holds_for_websockets(command: list[str]) -> None:
+    """One more gets HTTP 503. If one leaves, there is a place again."""
+    with running(command) as server:
+        async with AsyncExitStack() as stack:
+            taken = [await stack.enter_async_context(client(server, CONSUMER)) for _ in range(20)]
+            with pytest.raises(InvalidStatus, match="503"):
+                await connect(server.url(CONSUMER), proxy=None)
+            assert "refused: there are 20 others" in server.log
+            await taken[0].close()
+            await stack.enter_async_context(client(server, CONSUMER))

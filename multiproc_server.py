@@ -54,7 +54,8 @@ BURST = 32  # payloads that a consumer takes from a backlog before it is the nex
 BATCH = 256  # payloads that one call brings to the queue or from it
 PATIENCE = 0.02  # seconds for which a worker waits for another that had less and asks no more
 WAIT = 0.3  # seconds that a call waits for a payload
-CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'"
+CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'; "
+CSP += "frame-ancestors 'none'"  # no other site may show this page in a frame
 log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
 # multiprocessing imports this file as __mp_main__ in the manager's process and in the workers.
 if __name__ not in ("__main__", "__mp_main__"):
@@ -181,7 +182,7 @@ async def fetch() -> None:
 async def same_origin(websocket: WebSocket) -> None:
     origin, host = websocket.headers.get("origin"), websocket.headers.get("host")  # RFC 6455, section 10.2
     if origin not in (None, f"http://{host}", f"https://{host}"):  # browsers always send it, scripts do not
-        log.warning("a page from %s may not connect, only one that this server served", origin)
+        log.warning("a page from %s may not connect to %s: open the page at that address", origin, host)
         raise WebSocketException(1008)  # before accept(), so the client sees HTTP 403
 
 
@@ -330,7 +331,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--ws", default="auto", metavar="MODULE:CLASS", help="uvicorn's websocket protocol")
     parser.add_argument("--ws-max-size", type=int, default=16 * MAX_PAYLOAD, metavar="BYTES")
-    parser.add_argument("--ws-per-message-deflate", type=bool, default=False)
     args = parser.parse_args()
     # A new process inherits the blocked signals. Ctrl+C and systemd signal every process of the group,
     # but the manager must outlive the workers. The resource tracker must start first, because its start
@@ -348,7 +348,9 @@ def main() -> None:
     [process] = multiprocessing.active_children()
     threading.Thread(target=stop_after, args=[process], daemon=True).start()
     # In a worker too, __main__ is this file.
-    config = uvicorn.Config("__main__:app", timeout_graceful_shutdown=1, **vars(args))
+    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
+    options = {"timeout_graceful_shutdown": 1, "ws_per_message_deflate": False, **vars(args)}
+    config = uvicorn.Config("__main__:app", **options)
     with manager, config.bind_socket() as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvicorn forgets: Kludex/uvicorn#3149
         Multiprocess(config, [listener]).run()

@@ -11,6 +11,7 @@ At most once, as server.py. Read `diff server.py lessons/auth_server.py`.
 """
 
 import asyncio
+import ipaddress
 import itertools
 import logging
 import os
@@ -50,7 +51,8 @@ RATE_TIMEOUT = 10  # seconds that one which sends more has to wait, in all; less
 MAX_FAILURES, LOGIN_WINDOW = 5, 60  # logins that may fail for a name, or from an address, in so many seconds
 SECRET_KEY = os.environ.get("SECRET_KEY") or secrets.token_hex()  # 32 bytes or more: who has it makes tokens
 ALLOWED_ORIGINS: list[str] = []  # of pages that others serve, such as "https://app.example"
-CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'"
+CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'; "
+CSP += "frame-ancestors 'none'"  # no other site may show this page in a frame
 log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
 
 # python -c "from pwdlib import PasswordHash; print(PasswordHash.recommended().hash('wonderland'))"
@@ -214,6 +216,17 @@ async def consumer(websocket: WebSocket) -> None:
         sender.cancel()
 
 
+def network(host: str) -> str:
+    """What failed logins count for: the address, or of IPv6 the /64, since a client may have all of it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host  # a Unix socket has none
+    if address.version == 4:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+
+
 @app.post("/token")
 async def token(
     request: Request, response: Response, form: Annotated[OAuth2PasswordRequestForm, Depends()]
@@ -221,7 +234,7 @@ async def token(
     """A token for a password. Whether a user exists makes no difference to answers, their time, or limits."""
     password_hash, allowed = USERS.get(form.username, (NOBODY, set()))
     password = form.password.encode(errors="surrogatepass")  # for a form may bring half a pair
-    names = f"name {form.username[:99]}", f"address {request.client.host if request.client else None}"
+    names = f"name {form.username[:99]}", f"address {network(request.client.host if request.client else '')}"
     async with login:
         keys = [(time.monotonic() // LOGIN_WINDOW, name) for name in names]
         if any(failures[key] >= MAX_FAILURES for key in keys):
@@ -252,4 +265,10 @@ async def index() -> Response:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1)
+    # Uvicorn would believe the X-Forwarded-For of whoever connects from 127.0.0.1, and so lets them guess as
+    # another address each time. Behind a proxy: proxy_headers=True, forwarded_allow_ips="ITS ADDRESS".
+    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
+    uvicorn.run(
+        app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1, ws_per_message_deflate=False,
+        proxy_headers=False,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import secrets
 import socket
 import sys
@@ -55,7 +56,8 @@ REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
 STREAM, CHANGED = KEYS = "queue", "queue:changed"  # the payloads; when some came, for workers that wait
 GROUP, RETURNED = "workers", "returned"  # RETURNED is no worker: it has what waits to be sent again
 WORKER = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'"
+CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'; "
+CSP += "frame-ancestors 'none'"  # no other site may show this page in a frame
 log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
 
 # What Redis runs as a script it runs in one go: no other worker comes between the look and the deed.
@@ -87,7 +89,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await create_group()
     except (RedisError, TimeoutError) as error:
         if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):  # say it once
-            address = REDIS_URL.partition("?")[0].rpartition("@")[2]  # not its password
+            address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without the password
             why = str(error) or "no answer"
             log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
         os._exit(3)  # uvicorn does not try again then; of an exception it would log the traceback
@@ -130,14 +132,20 @@ settled: list[str] = []  # ids, until Redis knows
 returned: list[Any] = []  # the same; Any, because redis-py asks for a list of all that an id can be
 hungry, news = asyncio.Event(), asyncio.Event()  # a consumer has room; Redis has something to be told
 reachable = True
+refusal = ""  # the last error that Redis answered with
 
 
 async def call(answer: Awaitable[Any]) -> Any:
     """Wait for Redis. Raises WebSocketException where it does not answer, and logs the first time."""
-    global reachable
+    global reachable, refusal
     try:
         async with asyncio.timeout(TIMEOUT):  # for a connection too, where many wait for one
             result = await answer
+    except ResponseError as error:  # it has no memory left, cannot write to its disk, is a cluster, ...
+        if refusal != str(error):
+            log.error("Redis refuses a command: %s", error)
+        refusal = str(error)
+        raise WebSocketException(1013, f"Redis refuses: {refusal:.90}") from None
     except (RedisError, TimeoutError) as error:
         if reachable:
             why = str(error) or "no answer"
@@ -235,7 +243,7 @@ async def queued() -> int:
 async def same_origin(websocket: WebSocket) -> None:
     origin, host = websocket.headers.get("origin"), websocket.headers.get("host")  # RFC 6455, section 10.2
     if origin not in (None, f"http://{host}", f"https://{host}"):  # browsers always send it, scripts do not
-        log.warning("a page from %s may not connect, only one that this server served", origin)
+        log.warning("a page from %s may not connect to %s: open the page at that address", origin, host)
         raise WebSocketException(1008)  # before accept(), so the client sees HTTP 403
 
 
@@ -400,4 +408,5 @@ async def index() -> Response:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1)
+    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
+    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1, ws_per_message_deflate=False)

@@ -25,6 +25,7 @@ from tests.checks import check_foreign_page_is_refused, end, fails
 from tests.harness import (
     CONSUMER,
     PRODUCER,
+    ROOT,
     SLOWNESS,
     TIMEOUT,
     Script,
@@ -37,6 +38,7 @@ from tests.harness import (
     running,
     until,
     uvicorn_command,
+    with_options,
     write,
 )
 from tests.test_playground import CHROMIUM, FLAGS
@@ -420,6 +422,32 @@ async def test_guessing_is_limited(hasty: Server) -> None:
         assert (status, answer["detail"]) == (429, "too many failed logins")
         assert headers["retry-after"] == str(10**9)
     assert log_in(hasty, "alice", "wonderland", "127.0.0.3")[0] == 200
+
+
+def guess(server: Server, number: int, forwarded: str) -> int:
+    """The status of a guess, at a new name, by a client that says it was forwarded for this address."""
+    form = urlencode({"username": f"user {number}", "password": "wrong"})
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "X-Forwarded-For": forwarded}
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+        connection.request("POST", "/token", form, headers)
+        return connection.getresponse().status
+
+
+def test_a_client_cannot_claim_to_be_another_address() -> None:
+    """The header X-Forwarded-For counts for nothing, as `python lessons/auth_server.py` sets it."""
+    assert "proxy_headers=False," in (ROOT / "lessons/auth_server.py").read_text()
+    with running(with_options(COMMAND, "--no-proxy-headers")) as server:
+        statuses = [guess(server, number, f"192.0.2.{number}") for number in range(6)]
+        assert statuses == [401] * 5 + [429]
+
+
+def test_addresses_of_an_ipv6_64_count_as_one() -> None:
+    """Behind a proxy that uvicorn trusts: whoever has one of these addresses has all of them."""
+    with running(COMMAND) as server:
+        statuses = [guess(server, number, f"2001:db8:0:1::{number}") for number in range(6)]
+        assert statuses == [401] * 5 + [429]
+        assert guess(server, 7, "2001:db8:0:2::1") == 401
+        assert guess(server, 8, "::ffff:192.0.2.1") == 401
 
 
 async def check_unknown_users_cost_the_same(server: Server, source: str) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import urllib.request
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -14,6 +15,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Close, Frame, Opcode
+from websockets.typing import Origin
 
 from tests.checks import end
 from tests.harness import (
@@ -44,8 +46,11 @@ ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that 
 
 @pytest.fixture(scope="session", params=SERVERS)
 def command(request: pytest.FixtureRequest) -> list[str]:
-    """The command of each server in turn, with OPTIONS."""
-    return with_options(SERVERS[request.param], *os.environ.get("HOSTILE_OPTIONS", " ".join(OPTIONS)).split())
+    """The command of each server in turn, with OPTIONS, or with those of the environment."""
+    options = os.environ["HOSTILE_OPTIONS"].split() if "HOSTILE_OPTIONS" in os.environ else OPTIONS
+    if request.param == "multiproc_server.py":  # which never compresses
+        options = [word for word in options if word not in OPTIONS[:2]]
+    return with_options(SERVERS[request.param], *options)
 
 
 class RawClient:
@@ -375,3 +380,23 @@ async def test_a_limit_of_connections_holds_for_websockets(command: list[str]) -
             assert "refused: there are 20 others" in server.log
             await taken[0].close()
             await stack.enter_async_context(client(server, CONSUMER))
+
+
+# Pages
+
+
+async def test_a_page_by_another_name_of_this_host_is_told_what_to_do(server: Server) -> None:
+    """A page at localhost may not connect to 127.0.0.1, and the log says which address to open."""
+    origin = f"http://localhost:{server.port}"
+    with pytest.raises(InvalidStatus, match="403"):
+        await connect(server.url(CONSUMER), proxy=None, origin=Origin(origin))
+    line = f"a page from {origin} may not connect to 127.0.0.1:{server.port}: open the page at that address"
+    assert line in server.log
+
+
+def test_no_other_site_can_show_the_page_in_a_frame(server: Server) -> None:
+    """Only a header can say so: browsers ignore `frame-ancestors` in a page's own meta element."""
+    if server.gateway:
+        pytest.skip("the gateway serves no page")
+    with urllib.request.urlopen(server.url("/", "http")) as response:
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]

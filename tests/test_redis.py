@@ -433,7 +433,7 @@ def test_no_redis_at_the_start(count: int) -> None:
             assert server.process.returncode == 3
         [line] = [line for line in server.log.splitlines() if "no Redis at" in line]
         assert line.startswith("ERROR:")
-        assert address in line
+        assert f"redis://{address} " in line
         assert "start redis-server" in line
         assert "Traceback" not in server.log
         assert "s3cret" not in server.log
@@ -738,3 +738,23 @@ async def test_nginx_in_front(proxy: Server, pair: list[Server], stream: Stream)
         async with client(proxy, CONSUMER, origin="http://example.com"):
             pass
     assert refusal.value.response.status_code == 403
+
+
+async def test_a_producer_is_told_why_redis_refuses(broker: Redis) -> None:
+    """Redis answers, but has no memory left: the producer's close reason and the log say so."""
+    with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+        with closing(redis.Redis(port=broker.port)) as admin:
+            admin.config_set("maxmemory", 1)
+            try:
+                async with client(server, PRODUCER) as producer:
+                    await producer.send("1")
+                    await producer.wait_closed()
+            finally:
+                admin.config_set("maxmemory", 0)
+        assert producer.close_code == 1013
+        assert producer.close_reason
+        assert "Redis refuses: command not allowed when used memory" in producer.close_reason
+        assert "Redis refuses a command: command not allowed when used memory" in server.log
+        await produce(server, ["2"])
+        assert await drain(server) == ["2"]
+        assert "Traceback" not in server.log

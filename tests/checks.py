@@ -41,6 +41,10 @@ from tests.harness import (
 )
 
 MIB = 1024 * 1024
+# Seconds in which a server ends if it waits for nobody. It takes one at most, of which uvicorn's parent
+# process sleeps half a second before it sees a signal; a machine that runs other things too may take longer.
+# What shows that the server waited for a client is its log: see check_waited_for_nobody().
+AT_ONCE = 5
 
 # What is refused: name -> (frame, close code, what the reason says)
 REFUSED: dict[str, tuple[str | bytes, int, str]] = {
@@ -403,6 +407,11 @@ async def end(server: Server, number: signal.Signals, seconds: float) -> int:
     return int(counts[0])
 
 
+def check_waited_for_nobody(server: Server) -> None:
+    """No endpoint had to be cancelled, as uvicorn does after --timeout-graceful-shutdown."""
+    assert "timeout graceful shutdown exceeded" not in server.log, f"waited:\n{server.log}"
+
+
 async def check_ends(server: Server, number: signal.Signals, seconds: float, parked: int) -> None:
     """It ends while that many consumers wait for a payload, some of which spoke. All are told with 1012."""
     async with AsyncExitStack() as stack:
@@ -422,6 +431,7 @@ async def check_ends(server: Server, number: signal.Signals, seconds: float, par
         for websocket in websockets:
             await websocket.wait_closed()
             assert websocket.close_code == 1012
+    check_waited_for_nobody(server)
 
 
 def fails(saying: str) -> pytest.RaisesExc[AssertionError]:

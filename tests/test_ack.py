@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from tests.checks import (
+    AT_ONCE,
     Leaving,
     check_a_killed_consumer_takes_nothing,
     check_forbidden,
@@ -437,7 +438,7 @@ async def test_what_is_unsettled_at_the_end_is_counted(fresh: Server) -> None:
         await queued(fresh, 15)
         await one.payloads(2)
         await queued(fresh, 13)
-        assert await end(fresh, signal.SIGINT, 1) == 28
+        assert await end(fresh, signal.SIGINT, AT_ONCE) == 28
         for taker in (one, other):
             await taker.websocket.wait_closed()
             assert taker.websocket.close_code == 1012

@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection as SyncConnection
 from websockets.sync.client import connect as sync_connect
 
 from tests.checks import (
+    AT_ONCE,
     REFUSED,
     SAYINGS,
     WAYS_TO_LEAVE,
@@ -35,6 +36,7 @@ from tests.checks import (
     check_memory_is_bounded,
     check_refused,
     check_verbatim,
+    check_waited_for_nobody,
     end,
     fails,
     flood,
@@ -517,20 +519,21 @@ async def test_there_is_a_page(server: Server) -> None:
 @pytest.mark.parametrize(
     ("number", "parked"), [(signal.SIGINT, 0), (signal.SIGINT, 100), (signal.SIGTERM, 100)]
 )
-async def test_it_ends_within_a_second(fresh: Server, number: signal.Signals, parked: int) -> None:
+async def test_it_ends_at_once(fresh: Server, number: signal.Signals, parked: int) -> None:
     """However many consumers wait, also after they spoke, and however many have left. All are told."""
     await produce(fresh, numbered(7))
     await drain(fresh)
     if parked:
         await visits(fresh, 12, WAYS_TO_LEAVE)
-    await check_ends(fresh, number, 1, parked)
+    await check_ends(fresh, number, AT_ONCE, parked)
 
 
 async def test_it_says_how_many_payloads_were_left(fresh: Server) -> None:
     """They are lost, or wait for the next start: whoever stops a server wants to know."""
     await visits(fresh, 6, WAYS_TO_LEAVE)
     await produce(fresh, numbered(7))
-    assert await end(fresh, signal.SIGINT, 1) == 7
+    assert await end(fresh, signal.SIGINT, AT_ONCE) == 7
+    check_waited_for_nobody(fresh)
 
 
 async def test_it_ends_in_full_flow(fresh: Server) -> None:

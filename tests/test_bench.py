@@ -185,22 +185,23 @@ def test_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop(number: signal.Signals) -> None:
     """Ctrl+C stops it, and the server that it measures; so does a SIGTERM."""
-    process = run("one", "multiproc_server.py")
     family: list[psutil.Process] = []
 
-    def serving() -> bool:
-        family[:] = psutil.Process(process.pid).children(recursive=True)
-        return len(family) > 3
+    with run("one", "multiproc_server.py") as process:
 
-    try:
-        wait_for(serving, "the server's processes")
-        process.send_signal(number)
-        _, progress = process.communicate(timeout=5 * SLOWNESS)
-        assert process.returncode == 130
-        assert progress.endswith("\nstopped\n"), progress
-        wait_for(lambda: not any(map(alive, family)), "the server to end", SLOWNESS)
-    finally:
-        process.kill()
+        def serving() -> bool:
+            family[:] = psutil.Process(process.pid).children(recursive=True)
+            return len(family) > 3
+
+        try:
+            wait_for(serving, "the server's processes")
+            process.send_signal(number)
+            _, progress = process.communicate(timeout=5 * SLOWNESS)
+            assert process.returncode == 130
+            assert progress.endswith("\nstopped\n"), progress
+            wait_for(lambda: not any(map(alive, family)), "the server to end", SLOWNESS)
+        finally:
+            process.kill()
 
 
 def test_unknown_name() -> None:

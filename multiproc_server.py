@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=15.0"]
+# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
 """Many workers, one queue: server.py with its queue in a process of its own, a multiprocessing manager's.
 
@@ -353,6 +353,8 @@ def main() -> None:
     config = uvicorn.Config("__main__:app", **options)
     with manager, config.bind_socket() as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvicorn forgets: Kludex/uvicorn#3149
+        # Without this line, uvicorn opens stdin again in each worker, and never closes it.
+        sys.stdin = None
         Multiprocess(config, [listener]).run()
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, and the queue with it")

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["websockets>=15.0"]
+# dependencies = ["websockets>=17.0"]
 # ///
 """Print the payloads that the server sends, one a line: python ws_consumer_client.py | jq .value
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["websockets>=15.0"]
+# dependencies = ["websockets>=17.0"]
 # ///
 """Send payloads, one a second or the lines of standard input. The server echoes each as its receipt.
 

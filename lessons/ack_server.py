@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=15.0"]
+# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
 """Nothing lost with a consumer that dies: server.py, with acknowledgements.
 

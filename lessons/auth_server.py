@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=15.0", "pwdlib[argon2]>=0.3",
+# dependencies = ["fastapi>=0.115.10", "uvicorn>=0.53", "websockets>=17.0", "pwdlib[argon2]>=0.3",
 #                 "pyjwt>=2.15", "python-multipart>=0.0.18", "starlette>=0.46"]
 # ///
 """Who may connect, for how long, and how much: server.py, behind a door.

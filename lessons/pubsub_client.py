@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["paho-mqtt>=2", "websockets>=15.0"]
+# dependencies = ["paho-mqtt>=2", "websockets>=17.0"]
 # ///
 """Subscribe and publish to pubsub_server.py, from a terminal or from a program.
 

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["fastapi>=0.115.10", "paho-mqtt>=2", "redis[hiredis]>=6", "uvicorn>=0.53",
-#                 "websockets>=15.0"]
+#                 "websockets>=17.0"]
 # ///
 """Every subscriber gets a copy: chat rooms, notifications, dashboards. Topics as in MQTT 5; memory or Redis.
 

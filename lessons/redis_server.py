@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "redis[hiredis]>=6", "uvicorn>=0.53", "websockets>=15.0"]
+# dependencies = ["fastapi>=0.115.10", "redis[hiredis]>=6", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
 """Many machines, restarts: ack_server.py with its queue in Redis, a Stream that is read by a consumer group.
 

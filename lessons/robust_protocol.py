@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["uvicorn>=0.53", "websockets>=16.0"]
+# dependencies = ["uvicorn>=0.53", "websockets>=17.0"]
 # ///
 """Keep one client from harming the others: uvicorn's websocket protocol, with six faults corrected.
 
@@ -16,10 +16,14 @@ and the end of the app's lifespan does not run. The class overrides public metho
 """
 
 import logging
+import sys
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 from websockets.protocol import OPEN
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
 
 CLOSE_TIMEOUT = 1  # seconds in which a client may answer a close frame
 MAX_UNREAD = 1024 * 1024  # bytes that may wait for a client before its pings get no pongs

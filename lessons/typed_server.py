@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "pydantic>=2.9", "uvicorn>=0.53", "websockets>=15.0"]
+# dependencies = ["fastapi>=0.115.10", "pydantic>=2.9", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
 """Messages with types: Pydantic models, handlers by model, and AsyncAPI documentation made from both.
 

@@ -8,7 +8,7 @@ import socket
 import struct
 import urllib.request
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
@@ -43,13 +43,20 @@ OPTIONS += ["--ws", "lessons.robust_protocol:Protocol"]
 ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that does not read, and some
 
 
-@pytest.fixture(scope="session", params=SERVERS)
+@pytest.fixture(scope="module", params=SERVERS)
 def command(request: pytest.FixtureRequest) -> list[str]:
     """The command of each server in turn, with OPTIONS, or with those of the environment."""
     options = os.environ["HOSTILE_OPTIONS"].split() if "HOSTILE_OPTIONS" in os.environ else OPTIONS
     if request.param == "multiproc_server.py":  # which never compresses
         options = [word for word in options if word not in OPTIONS[:2]]
     return with_options(SERVERS[request.param], *options)
+
+
+@pytest.fixture(scope="module")
+def shared(command: list[str]) -> Iterator[Server]:
+    """Not the one of conftest.py, which other tests share and which runs without the options."""
+    with running(command) as server:
+        yield server
 
 
 class RawClient:

@@ -179,6 +179,7 @@ async def repeat(step: Callable[[], Awaitable[None]]) -> None:
 
 async def fetch() -> None:
     """Take what the consumers can have now, and deal it out. Where there is no more, wait until there is."""
+    await give_back_unknown()
     last = "0"
     while True:
         if not free:
@@ -200,6 +201,15 @@ async def fetch() -> None:
         if len(entries) < most:
             for _, changes in await call(redis.xread({CHANGED: last}, count=1, block=WAIT)):
                 last = changes[0][0]
+
+
+async def give_back_unknown() -> None:
+    """Give back what Redis handed over in an answer that came too late. Else it would wait for claim()."""
+    await call(redis.ping())  # answered when Redis has run all that it was sent before
+    known = {*settled, *returned, *(payload_id for window in windows for payload_id in window.unsettled)}
+    mine = await call(redis.xpending_range(STREAM, GROUP, "-", "+", len(known) + BATCH, WORKER))
+    returned.extend(entry["message_id"] for entry in mine if entry["message_id"] not in known)
+    news.set()
 
 
 async def report() -> None:

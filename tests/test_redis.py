@@ -494,6 +494,27 @@ async def test_redis_goes_and_comes_back(pair: list[Server], broker: Redis, stre
             ], log
 
 
+async def test_what_redis_hands_over_too_late_is_not_held_back(pair: list[Server], broker: Redis) -> None:
+    """A worker asks for a payload. Redis answers, but so late that the worker no longer waits.
+
+    Its consumer gets the payload all the same, and not only after CLAIM_AFTER, as that of a worker that died.
+    """
+    server, _ = pair
+    await produce(server, ["1", "2"])
+    async with consumer(server) as taker:
+        assert await taker.payload() == "1"  # so that Redis knows the script that hands payloads over
+    await until(lambda: server.queued() == 1, "the second payload to be queued")
+    mark = len(server.log)
+    broker.stop()
+    try:
+        async with consumer(server) as taker:
+            await until(lambda: "Redis is gone" in server.log[mark:], "the worker to give up waiting")
+            broker.go_on()
+            assert await taker.payload() == "2"
+    finally:
+        broker.go_on()
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 async def test_ctrl_c_while_redis_is_gone(broker: Redis, how: str) -> None:
     """The server ends all the same, and without a traceback, though a producer waits for its receipt."""

@@ -4,16 +4,17 @@
 # ///
 """Forward one websocket to another: producers fill an asyncio.Queue, consumers drain it.
 
-Run `python server.py`, then `python ws_consumer_client.py` and `python ws_producer_client.py` in two more
-terminals: a payload every second. Start more consumers, and they take turns: it is no broadcast. At most
-once: what was echoed to its producer reaches one consumer, unless that one dies or the server stops.
+Run `python server.py`, and in two more terminals `python ws_consumer_client.py` and
+`python ws_producer_client.py`: a payload arrives every second. Each payload goes to one consumer,
+at most once: it is lost if that consumer dies or falls far behind, or if the server stops.
 """
 
 import asyncio
 import itertools
 import logging
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -25,110 +26,146 @@ from pydantic_core import from_json
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
-CAPACITY = 1000  # payloads in the queue; then producers wait
-FULL_TIMEOUT = 1  # seconds that a producer waits for room
+CAPACITY = 1000  # payloads
+TIMEOUT = 1  # seconds: a producer waits for space in the queue, a close frame waits to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer takes from a backlog before it is the next one's turn
-CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'; "
-CSP += "frame-ancestors 'none'"  # no other site may show this page in a frame
-log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
+BURST = 32  # payloads that a consumer takes in a row before the others get a turn
+GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
+
+
+class Channel:
+    """A bounded queue, first in, first out, whose consumers take turns."""
+
+    def __init__(self, capacity: int) -> None:
+        # The lowest number comes out first, so a payload that goes back is the next one out.
+        self.queue: asyncio.PriorityQueue[tuple[int, str]] = asyncio.PriorityQueue()
+        self.numbers = itertools.count()
+        # A payload takes up space until it is delivered, so there is always room to put it back.
+        self.space = asyncio.Semaphore(capacity)
+
+    def qsize(self) -> int:
+        """Count the payloads that wait for a consumer."""
+        return self.queue.qsize()
+
+    async def put(self, payload: str, max_wait: float | None = None) -> None:
+        """Queue a payload. Raise TimeoutError if there is no space for `max_wait` seconds."""
+        # Setting a timer for each payload would cost a third more, so set it only if we must wait.
+        if self.space.locked():
+            async with asyncio.timeout(max_wait):
+                await self.space.acquire()
+        else:
+            await self.space.acquire()
+        self.queue.put_nowait((next(self.numbers), payload))
+
+    async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
+        """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
+        for taken in itertools.count(1):
+            waited = self.queue.empty()
+            number, payload = await self.queue.get()
+            try:
+                await handle(payload)
+            except BaseException:
+                self.queue.put_nowait((number, payload))
+                raise
+            self.space.release()
+            # While there are payloads, nothing above pauses: let the other consumers run.
+            if waited or taken % BURST == 0:
+                await asyncio.sleep(0)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    yield  # what follows runs when every endpoint has returned: too late to end one, in time to count
-    log.info("%d payloads were still queued", queue.qsize())
+    yield  # until every endpoint has returned
+    log.info("%d payloads were still queued", channel.qsize())
 
 
 app = FastAPI(lifespan=lifespan)
-queue: asyncio.PriorityQueue[tuple[int, str]] = asyncio.PriorityQueue()
-numbers = itertools.count()  # lowest first, so that a payload that comes back goes to the front
-room = asyncio.Semaphore(CAPACITY)  # a payload holds a place until it is sent
-turn = asyncio.Lock()  # idle consumers stand in line for it, so that a payload wakes only the first
+channel = Channel(CAPACITY)
 
 
 async def same_origin(websocket: WebSocket) -> None:
-    origin, host = websocket.headers.get("origin"), websocket.headers.get("host")  # RFC 6455, section 10.2
-    if origin not in (None, f"http://{host}", f"https://{host}"):  # browsers always send it, scripts do not
-        log.warning("a page from %s may not connect to %s: open the page at that address", origin, host)
-        raise WebSocketException(1008)  # before accept(), so the client sees HTTP 403
+    """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
+    origin = websocket.headers.get("origin")
+    host = websocket.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        raise WebSocketException(1008, reason)
 
 
-async def put(payload: str | None) -> None:
-    """Check and queue a payload; None is a binary frame. A WebSocketException says how to close."""
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
+
+
+def validate(payload: str | None) -> str:
+    """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
     if payload is None:
         raise WebSocketException(1003, "a binary frame: send payloads as text")
     if len(payload.encode()) > MAX_PAYLOAD:
         raise WebSocketException(1009, f"a payload has at most {MAX_PAYLOAD} bytes")
     try:
         from_json(payload, allow_inf_nan=False)
-        if room.locked():  # only then: a timer for every payload would cost a tenth of the speed
-            async with asyncio.timeout(FULL_TIMEOUT):
-                await room.acquire()
-        else:
-            await room.acquire()
     except ValueError as error:
         raise WebSocketException(1007, f"not JSON: {error}") from None
-    except TimeoutError:
-        raise WebSocketException(1013, "the queue is full: try again later") from None
-    queue.put_nowait((next(numbers), payload))
+    return payload
 
 
 @app.websocket("/ws/producer", dependencies=[Depends(same_origin)])
 async def producer(websocket: WebSocket) -> None:
     await websocket.accept()
-    try:
-        while (message := await websocket.receive())["type"] == "websocket.receive":
-            await put(message.get("text"))
-            with suppress(WebSocketDisconnect, RuntimeError):  # it left, but what it sent counts
-                await websocket.send_text(message["text"])
-    except WebSocketException as refusal:
-        log.warning("producer %s closed with %d: %s", websocket.client, refusal.code, refusal.reason)
-        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
-            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
-                await websocket.close(refusal.code, refusal.reason)
-    except asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
-        log.warning("producer %s was cut off: it does not read its receipts", websocket.client)
+    # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            payload = validate(message.get("text"))
+            try:
+                await channel.put(payload, TIMEOUT)
+            except TimeoutError:
+                raise WebSocketException(1013, "the queue is full: try again later") from None
+            # The receipt. The payload is queued, even if the producer has left meanwhile.
+            with suppress(*GONE):
+                await websocket.send_text(payload)
 
 
 async def send_payloads(websocket: WebSocket) -> None:
-    for sent in itertools.count():
-        if sent % BURST and not queue.empty():
-            number, payload = queue.get_nowait()
-        else:
-            async with turn:
-                number, payload = await queue.get()
-        try:
-            await websocket.send_text(payload)
-        except (WebSocketDisconnect, RuntimeError, asyncio.CancelledError):
-            return queue.put_nowait((number, payload))  # not written: uvicorn waits first, then writes
-        room.release()
+    """Send payloads until the consumer leaves. One that cannot be sent goes back to the front."""
+    with suppress(*GONE):
+        await channel.deliver(websocket.send_text)
 
 
 @app.websocket("/ws/consumer", dependencies=[Depends(same_origin)])
 async def consumer(websocket: WebSocket) -> None:
     await websocket.accept()
-    with suppress(asyncio.CancelledError):  # see producer()
+    # If the consumer does not read its payloads, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(send_payloads(websocket))
-            while (await websocket.receive())["type"] == "websocket.receive":
-                pass  # what it says is ignored, but only receive() tells that it left or the server stops
+            # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
+            while (await websocket.receive())["type"] != "websocket.disconnect":
+                pass
             sender.cancel()
 
 
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
-    return {"queued": queue.qsize(), "capacity": CAPACITY, "acks": False}
+    return {"queued": channel.qsize(), "capacity": CAPACITY, "acks": False}
 
 
 @app.get("/")
 async def index() -> Response:
     page = Path(__file__).parent / "web/index.html"
     if page.exists():
-        return FileResponse(page, headers={"Content-Security-Policy": CSP})
-    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
+        return FileResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
+    return PlainTextResponse("A queue: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":
-    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
-    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1, ws_per_message_deflate=False)
+    # A client with large cookies would get no answer. Compression would double the CPU's work.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
+    uvicorn.main(["__main__:app", *options])

@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     for item in items:
         if {"command", "shared"} <= set(item.fixturenames):
             group = str(item.callspec.params["command"])
-        elif {"command", "fresh", "naive"} & set(item.fixturenames):
+        elif {"command", "fresh", "naive", "step"} & set(item.fixturenames):
             order[item] = 2
             continue
         else:

@@ -50,6 +50,7 @@ CONNECTING = {
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 PRODUCER, CONSUMER = "/ws/producer", "/ws/consumer"
+WAITING = "Waiting for payloads. To exit, press Ctrl+C.\n"
 SCRIPTS = {PRODUCER: "ws_producer_client.py", CONSUMER: "ws_consumer_client.py"}
 NO_PROXY_THERE = "http://127.0.0.1:9"  # the discard port, where nobody listens
 # As on a machine behind a proxy: every test shows that the clients do not use it for this machine.
@@ -146,7 +147,7 @@ SERVERS = {
 }
 ACKING = ["ack_server.py", "redis_server.py"]
 MAX_PREFETCH = 1000
-NAIVE = uvicorn_command("tests.naive.server:app")
+NAIVE = uvicorn_command("steps.step0_naive:app")
 
 
 def redis_executable() -> str:
@@ -285,10 +286,14 @@ class Server:
         return self.stats()["capacity"]
 
     @cached_property
+    def has_stats(self) -> bool:
+        """Whether it serves /stats. The steps do not."""
+        return self.get("/stats")[0] == 200
+
+    @cached_property
     def acks(self) -> bool:
         """Whether its consumers acknowledge payloads. A server without /stats knows nothing of that."""
-        status, _, body = self.get("/stats")
-        return status == 200 and bool(json.loads(body)["acks"])
+        return self.has_stats and bool(self.stats()["acks"])
 
     def processes(self) -> list[psutil.Process]:
         """Its process and all that came of it, also those whose parent has ended."""
@@ -512,6 +517,31 @@ async def settled(server: Server) -> int:
     return looks[-1]
 
 
+def bytes_on_their_way(websocket: ClientConnection) -> int:
+    """The bytes that the server's kernel and the client's kernel hold for a client on this machine."""
+    (_, ours), (_, theirs) = websocket.local_address, websocket.remote_address
+    ends = {(f"0100007F:{ours:04X}", f"0100007F:{theirs:04X}")}
+    ends |= {(theirs, ours) for ours, theirs in ends}
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    queues = [row[4].split(":") for row in rows if (row[1], row[2]) in ends]  # sent, received
+    return sum(int(number, 16) for queue in queues for number in queue)
+
+
+async def until_its_socket_is_full(server: Server, websocket: ClientConnection) -> None:
+    """Wait until the server can write no more to a client that has stopped reading.
+
+    Between two looks, the server answers a request, so it has had a turn in which to write.
+    """
+    looks: list[int] = []
+
+    def unchanged() -> bool:
+        server.get("/")
+        looks.append(bytes_on_their_way(websocket))
+        return len(looks) > 10 and looks[-1] > 0 and len(set(looks[-10:])) == 1
+
+    await until(unchanged, "the client's socket to be full")
+
+
 class Script:
     """A client script that runs, and what it has printed so far."""
 
@@ -536,7 +566,8 @@ class Script:
 
     @property
     def err(self) -> str:
-        return os.pread(self._err.fileno(), 2**30, 0).decode()
+        """What it has said on standard error, but for the line with which a consumer greets."""
+        return os.pread(self._err.fileno(), 2**30, 0).decode().replace(WAITING, "")
 
     @property
     def lines(self) -> list[str]:
@@ -552,6 +583,10 @@ class Script:
         """What it has printed, as soon as that is `count` lines."""
         await until(lambda: self.out.count("\n") >= count, f"{count} lines; stderr:\n{self.err}")
         return self.lines
+
+    async def waits(self) -> None:
+        """Wait until it is connected and waits for payloads."""
+        await until(lambda: WAITING.encode() in os.pread(self._err.fileno(), 2**30, 0), WAITING)
 
     async def says(self, text: str) -> None:
         """Wait until it says that on standard error."""
@@ -616,7 +651,14 @@ async def consumer(server: Server, prefetch: int | None = None, **options: objec
 
 
 async def drain(server: Server) -> list[str]:
-    """Take all that is queued."""
-    count = server.queued()
+    """Take all that is queued. From a server without /stats, take payloads until a last one arrives."""
+    last = '"the last payload"'
+    count = server.queued() if server.has_stats else None
     async with consumer(server, prefetch=100) as taker:
-        return await taker.payloads(count)
+        if count is not None:
+            return await taker.payloads(count)
+        await produce(server, [last])
+        payloads = [await taker.payload()]
+        while payloads[-1] != last:
+            payloads.append(await taker.payload())
+        return payloads[:-1]

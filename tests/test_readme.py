@@ -23,9 +23,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, TIMEOUT, alone, enter, interrupt, redis_executable, wait_for
+from tests.diffs import BLOCK, refreshed
+from tests.harness import (
+    ROOT,
+    TIMEOUT,
+    WAITING,
+    alone,
+    enter,
+    interrupt,
+    redis_executable,
+    wait_for,
+)
 
-READMES = [path for path in (ROOT / "README.md", ROOT / "lessons" / "README.md") if path.exists()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "steps").glob("*.md"))]
+PAGES += sorted((ROOT / "lessons").glob("*.md"))
+READMES = [path for path in PAGES if path.exists()]
 NAIVE = ROOT / "tests" / "naive"
 PORT, REDIS_PORT, BEHIND_PORT = 8000, 6379, 8001  # the READMEs' commands use the defaults
 SERVER = re.compile(r"\$ (?:\w+=\S+ )?(uvicorn|python \S*server\.py)")
@@ -83,6 +95,7 @@ class Terminal:
     """A console block, played."""
 
     def __init__(self, block: str, folder: str, place: int | None) -> None:
+        self.block = block
         self.steps = re.split(r"^(\$ .*|\^C)\n", block, flags=re.MULTILINE)[
             1:
         ]  # typed, shown, typed, shown ...
@@ -93,7 +106,9 @@ class Terminal:
         self.expected = ""
 
     def printed(self) -> str:
-        return Path(self.output.name).read_text()
+        """What the commands printed, but for the consumers' greeting where the page leaves it out."""
+        printed = Path(self.output.name).read_text()
+        return printed if WAITING in self.block else printed.replace(WAITING, "")
 
     def shows(self, end: str = "") -> bool:
         """Whether all that was expected so far is there; with `end` r"\\Z", and nothing else."""
@@ -197,7 +212,7 @@ def play(blocks: list[str], place: int | None) -> None:
 @pytest.mark.parametrize(
     "blocks",
     [
-        pytest.param(blocks, id=f"{path.parent.name}: {heading}")
+        pytest.param(blocks, id=f"{path.relative_to(ROOT)}: {heading}")
         for path in READMES
         for heading, blocks in scenarios(path)
     ],
@@ -208,20 +223,27 @@ def test_console(blocks: list[str]) -> None:
         play(blocks, place)
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python(path: Path) -> None:
     """Each excerpt stands in one of the files, word for word; a program prints what is shown below it."""
-    folders = path.parent, ROOT, NAIVE
+    folders = path.parent, ROOT, NAIVE, ROOT / "steps", ROOT / "tests" / "examples"
     files = [file.read_text() for folder in folders for file in folder.glob("*.py")]
     blocks = re.findall(
         r"^```python\n(.*?)^```\n+(?:```text\n(.*?)^```)?", path.read_text(), re.MULTILINE | re.DOTALL
     )
-    assert blocks
     for block, printed in blocks:
         if printed:
             assert subprocess.check_output([sys.executable, "-c", block], text=True) == printed
         else:
             assert any(block in file for file in files), f"stands in no file:\n{block}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_diff(path: Path) -> None:
+    """Each diff is the one of the two files that it names. `python -m tests.diffs` writes it."""
+    page = path.read_text()
+    assert refreshed(page) == page
+    assert page.count("```diff\n") == len(BLOCK.findall(page)), "a diff that names no two files"
 
 
 def test_first_command(tmp_path: Path) -> None:
@@ -234,7 +256,9 @@ def test_first_command(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "web", tmp_path / "web")
     found = re.search(
-        r"^```sh\n(.*) && (python server\.py)\n```", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^```sh\n(?:git clone .*\n)?(.*) && (python server\.py)\n```",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
     )
     assert found, "the first command does not end by starting the server"
     set_up, serve = found.groups()

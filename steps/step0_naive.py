@@ -1,4 +1,8 @@
-"""The demo as tutorials write it. Each caveat in the README is a test that this server fails."""
+"""Step 0: what most tutorials show. A producer fills a queue, and a consumer drains it.
+
+Still fails: Ctrl+C hangs, a consumer that has left swallows a payload, and a consumer that has said
+something is closed with 1011. steps/README.md shows each fault, and the step that fixes it.
+"""
 
 import asyncio
 
@@ -10,7 +14,6 @@ queue: asyncio.Queue[object] = asyncio.Queue()
 
 @app.websocket("/ws/producer")
 async def producer(websocket: WebSocket) -> None:
-    """Receive payloads and put them into the queue."""
     await websocket.accept()
     while True:
         payload = await websocket.receive_json()

@@ -1,0 +1,102 @@
+"""Step 4: check what a producer sends, and close with a code and a reason if it is bad.
+
+Holds: consumers get only JSON. Bad input is one line in the log, and the producer learns what is
+wrong.
+Still fails: if there are too few consumers, the queue grows until the memory is full.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
+from pydantic_core import from_json
+
+TIMEOUT = 1  # seconds: a close frame waits to be sent
+MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
+GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
+
+
+class Channel:
+    """A queue, first in, first out, that takes payloads back at the front."""
+
+    def __init__(self) -> None:
+        # The lowest number comes out first, so a payload that goes back is the next one out.
+        self.queue: asyncio.PriorityQueue[tuple[int, str]] = asyncio.PriorityQueue()
+        self.numbers = itertools.count()
+
+    async def put(self, payload: str) -> None:
+        """Queue a payload."""
+        self.queue.put_nowait((next(self.numbers), payload))
+
+    async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
+        """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
+        while True:
+            number, payload = await self.queue.get()
+            try:
+                await handle(payload)
+            except BaseException:
+                self.queue.put_nowait((number, payload))
+                raise
+
+
+app = FastAPI()
+channel = Channel()
+
+
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
+
+
+def validate(payload: str | None) -> str:
+    """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
+    if payload is None:
+        raise WebSocketException(1003, "a binary frame: send payloads as text")
+    if len(payload.encode()) > MAX_PAYLOAD:
+        raise WebSocketException(1009, f"a payload has at most {MAX_PAYLOAD} bytes")
+    try:
+        from_json(payload, allow_inf_nan=False)
+    except ValueError as error:
+        raise WebSocketException(1007, f"not JSON: {error}") from None
+    return payload
+
+
+@app.websocket("/ws/producer")
+async def producer(websocket: WebSocket) -> None:
+    await websocket.accept()
+    # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            payload = validate(message.get("text"))
+            await channel.put(payload)
+            # The receipt. The payload is queued, even if the producer has left meanwhile.
+            with suppress(*GONE):
+                await websocket.send_text(payload)
+
+
+async def send_payloads(websocket: WebSocket) -> None:
+    """Send payloads until the consumer leaves. One that cannot be sent goes back to the front."""
+    with suppress(*GONE):
+        await channel.deliver(websocket.send_text)
+
+
+@app.websocket("/ws/consumer")
+async def consumer(websocket: WebSocket) -> None:
+    await websocket.accept()
+    # If the consumer does not read its payloads, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        async with asyncio.TaskGroup() as group:
+            sender = group.create_task(send_payloads(websocket))
+            # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
+            while (await websocket.receive())["type"] != "websocket.disconnect":
+                pass
+            sender.cancel()

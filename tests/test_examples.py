@@ -1,0 +1,26 @@
+"""What README.md says about using server.py in an app of your own."""
+
+from websockets.asyncio.client import connect
+
+from tests.harness import CONNECTING, receive, running, uvicorn_command
+
+
+async def test_server_can_be_mounted_in_another_app() -> None:
+    """A payload goes through it, bad input is refused, and its own /stats is below the path, too."""
+    with running(uvicorn_command("tests.examples.mount:app")) as server:
+        options = {**CONNECTING}
+        async with (
+            connect(server.url("/queue/ws/producer"), **options) as producer,  # type: ignore[arg-type]
+            connect(server.url("/queue/ws/consumer"), **options) as consumer,  # type: ignore[arg-type]
+        ):
+            await producer.send("1")
+            assert await receive(producer) == "1"
+            assert await receive(consumer) == "1"
+            await producer.send("nonsense")
+            await producer.wait_closed()
+            assert producer.close_code == 1007
+        assert server.get("/queue/stats")[0] == 200
+        server.interrupt()
+        assert server.ends_within(2) is not None
+        assert "0 payloads were still queued" in server.log
+        assert "Traceback" not in server.log

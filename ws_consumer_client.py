@@ -2,15 +2,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["websockets>=17.0"]
 # ///
-"""Print the payloads that the server sends, one a line: python ws_consumer_client.py | jq .value
+"""Print the payloads that the server sends, one per line: python ws_consumer_client.py | jq .value
 
-Payloads go to standard output, everything else to standard error. When the server goes away, this waits for
-it. What is on its way to a consumer that ends is lost, unless the server takes acknowledgements (--ack).
+Payloads go to standard output, everything else goes to standard error. If the server goes away,
+this client waits for it. A payload that is on its way to a consumer which ends is lost, unless the
+server takes acknowledgements (--ack).
 """
 
 import argparse
 import asyncio
 import os
+import random
 import sys
 from urllib.parse import urlsplit
 
@@ -20,70 +22,95 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
-PAUSE = 1  # seconds between a connection that was closed and the next
-LOCAL = "localhost", "127.0.0.1", "::1"
+MAX_PAUSE = 8  # seconds between a connection that was closed and the next
+LOCAL = ("localhost", "127.0.0.1", "::1")
+POLICY_VIOLATION = 1008  # the close code of a server that will not have us (RFC 6455)
+
+
+def give_up(error: Exception) -> Exception:
+    """Tell connect() to raise the error."""
+    return error
+
+
+def keep_trying(error: Exception) -> Exception | None:
+    """Tell connect() to try again, unless the server answered that it does not want us."""
+    refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
+    return error if refused else None
+
+
+def pause(failures: int) -> float:
+    """Return how long to wait before the next connection, in seconds.
+
+    It is random, or a thousand clients would all come back at the same moment. It grows.
+    """
+    return random.uniform(0, min(2**failures, MAX_PAUSE))
 
 
 async def consume(url: str, token: str | None, count: int, ack: bool) -> str | None:
-    """Print `count` payloads (0: without end). Returns the reason where the server wants us no more."""
-    connected = False
-
-    def retry(error: Exception) -> Exception | None:
-        """Answer None, try again, where the server was there before and may come back."""
-        refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
-        return None if connected and not refused else error
-
-    headers = {"Authorization": f"Bearer {token}"} if token else None
-    async for websocket in connect(
+    """Print `count` payloads, or all if it is 0. Return a reason if the server will not have us."""
+    connecting = connect(
         url,
         # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
         proxy=None if urlsplit(url).hostname in LOCAL else True,
-        # A pong waits behind the payloads that the server has written ahead. If a busy consumer closed
-        # because a pong is late, it would lose all payloads that it has not read yet, without --ack.
-        ping_timeout=None,
-        additional_headers=headers,
-        process_exception=retry,
+        additional_headers={"Authorization": f"Bearer {token}"} if token else None,
+        process_exception=give_up,
         close_timeout=1,
-    ):
-        connected = True
+        # A pong waits behind the payloads that the server has sent ahead. If a busy consumer closed
+        # because a pong is late, it would lose all of them.
+        ping_timeout=None,
+    )
+    printed = 0
+    failures = 0
+    async for websocket in connecting:
+        # The server exists. If it goes away from now on, wait for it.
+        connecting.process_exception = keep_trying
+        print("Waiting for payloads. To exit, press Ctrl+C.", file=sys.stderr, flush=True)
         try:
             async for payload in websocket:
+                # JSON may contain line breaks as white space.
                 print(str(payload).replace("\n", " ").replace("\r", " "), flush=True)
+                printed += 1
+                failures = 0
                 if ack:
                     await websocket.send("ack")
-                count -= 1
-                if count == 0:
+                if printed == count:
                     return None
         except ConnectionClosed:
             pass
         finally:
             await websocket.close()
-        closed = f"closed with {websocket.close_code}: {websocket.close_reason or 'the server went away'}"
-        if websocket.close_code == 1008:  # policy violation: the next connection would end like this one
+        reason = websocket.close_reason or "the server went away"
+        closed = f"closed with {websocket.close_code}: {reason}"
+        if websocket.close_code == POLICY_VIOLATION:
             return closed
         print(f"{closed}; connecting again", file=sys.stderr, flush=True)
-        await asyncio.sleep(PAUSE)
+        failures += 1
+        await asyncio.sleep(pause(failures))
     return None
 
 
 def main() -> int | str | None:
-    parser = argparse.ArgumentParser(description="Print the payloads that the server sends, one a line.")
+    """Return what sys.exit() takes: an exit code, or a line for standard error."""
+    parser = argparse.ArgumentParser(description="Print the payloads that the server sends.")
     parser.add_argument("--url", default="ws://127.0.0.1:8000/ws/consumer")
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N payloads")
-    parser.add_argument("--ack", action="store_true", help="acknowledge each payload (for the lessons)")
-    parser.add_argument("--token", help="show who you are (for lessons/auth_server.py)")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="exit after N payloads")
+    parser.add_argument("--ack", action="store_true", help="acknowledge each payload (lessons)")
+    parser.add_argument("--token", help="show who you are (lessons/auth_server.py)")
     args = parser.parse_args()
     try:
         return asyncio.run(consume(args.url, args.token, args.count, args.ack))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
+    except BrokenPipeError:
+        # The reader of our output has left, as in `| head -1`. Python would try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
+    except ConnectionRefusedError:
+        return f"{args.url}: connection refused. Start the server first: python server.py"
     except InvalidStatus as error:
-        why = " ".join(error.response.body[:200].decode(errors="replace").split())
-        return f"{args.url}: {error} {why}".rstrip()
-    except (OSError, ValueError, WebSocketException) as error:  # a ValueError is a bad port
+        body = " ".join(error.response.body[:200].decode(errors="replace").split())
+        return f"{args.url}: {error} {body}".rstrip()
+    except (OSError, ValueError, WebSocketException) as error:
         return f"{args.url}: {error}"
 
 

@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["websockets>=17.0"]
 # ///
-"""Send payloads, one a second or the lines of standard input. The server echoes each as its receipt.
+"""Send payloads: one per second, or the lines of standard input. The server echoes each as receipt.
 
     python ws_producer_client.py
     cat events.jsonl | python ws_producer_client.py -
 
-When the server goes away, this waits for it, and sends again what has no receipt, and nothing that has.
+If the server goes away, this client waits for it, and resends only what has no receipt.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -29,127 +30,180 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
-AHEAD = 500  # payloads on their way at most, without a receipt
-MAX_LINE = 1024 * 1024 + 2  # bytes of the largest payload and its line end; of a longer line, the start
-PAUSE = 1  # seconds between a connection that was closed and the next
-LOCAL = "localhost", "127.0.0.1", "::1"
-REFUSED = 1007, 1008, 1009  # close codes that trying again won't change (RFC 6455, section 7.4.1)
-outbox: asyncio.Queue[tuple[int, str]] = asyncio.Queue()  # line numbers and payloads
-unechoed: deque[tuple[int, str]] = deque()  # those that were sent and have no receipt yet
-room = threading.Semaphore(AHEAD)  # a payload holds a place until its receipt comes
+AHEAD = 500  # payloads that may be on their way without a receipt
+MAX_LINE = 1024 * 1024 + 2  # bytes: the largest payload and its line end
+MAX_PAUSE = 8  # seconds between a connection that was closed and the next
+LOCAL = ("localhost", "127.0.0.1", "::1")
+REFUSED = (1007, 1008, 1009)  # close codes after which trying again does not help (RFC 6455)
+
+Line = tuple[int, str]  # a line's number and its payload
+outbox: asyncio.Queue[Line | None] = asyncio.Queue()  # None is the end
+unechoed: deque[Line] = deque()  # sent, but without a receipt yet
+space = threading.Semaphore(AHEAD)  # taken by a payload until its receipt comes
+ended = asyncio.Event()  # there are no more payloads to send
+
+
+async def send(websocket: ClientConnection, verbose: bool) -> None:
+    """Send what has no receipt yet, then what is in the outbox, without waiting for receipts."""
+    with suppress(ConnectionClosed):
+        for _, payload in list(unechoed):
+            await websocket.send(payload)
+        while not ended.is_set():
+            line = await outbox.get()
+            if line is None:
+                ended.set()
+                break
+            unechoed.append(line)
+            _, payload = line
+            if verbose:
+                # receive() meets a broken pipe as well, and can tell main().
+                with suppress(BrokenPipeError):
+                    print("sent   ", payload, flush=True)
+            await websocket.send(payload)
+        if not unechoed:
+            await websocket.close()
+
+
+async def receive(websocket: ClientConnection, verbose: bool) -> int:
+    """Take receipts, which come in the order of the payloads. Return how many have come."""
+    receipts = 0
+    with suppress(ConnectionClosed):
+        async for receipt in websocket:
+            receipts += 1
+            unechoed.popleft()
+            space.release()
+            if verbose:
+                print("receipt", receipt, flush=True)
+            if ended.is_set() and not unechoed:
+                break
+    return receipts
+
+
+def give_up(error: Exception) -> Exception:
+    """Tell connect() to raise the error."""
+    return error
+
+
+def keep_trying(error: Exception) -> Exception | None:
+    """Tell connect() to try again, unless the server answered that it does not want us."""
+    refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
+    return error if refused else None
+
+
+def pause(failures: int) -> float:
+    """Return how long to wait before the next connection, in seconds.
+
+    It is random, or a thousand clients would all come back at the same moment. It grows.
+    """
+    return random.uniform(0, min(2**failures, MAX_PAUSE))
+
+
+async def produce(url: str, token: str | None, verbose: bool) -> str | None:
+    """Send all payloads, on as many connections as it takes. Return a reason if one is refused."""
+    connecting = connect(
+        url,
+        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+        proxy=None if urlsplit(url).hostname in LOCAL else True,
+        additional_headers={"Authorization": f"Bearer {token}"} if token else None,
+        process_exception=give_up,
+        close_timeout=1,
+        # While the queue is full, the server does not read, so the answer to a ping comes late.
+        ping_timeout=None,
+    )
+    failures = 0
+    async for websocket in connecting:
+        # The server exists. If it goes away from now on, wait for it.
+        connecting.process_exception = keep_trying
+        sender = asyncio.create_task(send(websocket, verbose))
+        try:
+            receipts = await receive(websocket, verbose)
+        finally:
+            sender.cancel()
+            await websocket.close()
+        if ended.is_set() and not unechoed:
+            return None
+        reason = websocket.close_reason or "the server went away"
+        closed = f"closed with {websocket.close_code}: {reason}"
+        if websocket.close_code in REFUSED:
+            number, _ = unechoed[0] if unechoed else (0, "")
+            return f"line {number}: {closed}" if number else closed
+        print(f"{closed}; connecting again", file=sys.stderr, flush=True)
+        failures = 1 if receipts else failures + 1
+        await asyncio.sleep(pause(failures))
+    return None
+
+
+# The rest reads lines without blocking Ctrl+C. Skip it on a first reading.
 
 
 def ticks(interval: float, count: int) -> Iterator[bytes]:
-    for value in range(1, count + 1) if count else itertools.count(1):
+    """Make `count` payloads, or payloads without end if it is 0, one per `interval` seconds."""
+    for value in itertools.count(1):
         yield json.dumps({"timestamp": time.time(), "value": value}).encode()
-        time.sleep(0 if value == count else interval)
+        if value == count:
+            return
+        time.sleep(interval)
 
 
 def standard_input() -> Iterator[bytes]:
-    with os.fdopen(0, "rb", closefd=False) as file:  # not sys.stdin: Python wants its lock when it exits
+    """Read lines. A line that is longer than MAX_LINE comes in parts, which the server refuses."""
+    # At exit, Python would wait for the lock of sys.stdin, which the reading thread holds.
+    with os.fdopen(0, "rb", closefd=False) as file:
         while line := file.readline(MAX_LINE):
             yield line
 
 
-def read(lines: Iterator[bytes], loop: asyncio.AbstractEventLoop, end: asyncio.Future[str | None]) -> None:
-    """Put payloads in the outbox. Set `end`, once all have receipts, to what is wrong with the next line."""
-    number, problem = 0, None
-    with suppress(RuntimeError):  # the loop has ended
+def read(lines: Iterator[bytes], loop: asyncio.AbstractEventLoop, problems: list[str]) -> None:
+    """Put lines into the outbox, then None. Stop at a line that is not UTF-8, and say so."""
+    number = 0
+    # RuntimeError: the loop has ended.
+    with suppress(RuntimeError):
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     payload = line.decode().rstrip("\r\n")
-                    room.acquire()
+                    space.acquire()
                     loop.call_soon_threadsafe(outbox.put_nowait, (number, payload))
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8
-            problem = f"line {number}: {error}"
-        for _ in range(AHEAD):  # all room is free when every payload has its receipt
-            room.acquire()
-        loop.call_soon_threadsafe(end.set_result, problem)
+        except (OSError, ValueError) as error:
+            problems.append(f"line {number}: {error}")
+        loop.call_soon_threadsafe(outbox.put_nowait, None)
 
 
-async def send(websocket: ClientConnection, verbose: bool) -> None:
-    with suppress(ConnectionClosed):
-        for _, payload in list(unechoed):
-            await websocket.send(payload)
-        while True:
-            number, payload = await outbox.get()
-            unechoed.append((number, payload))
-            if verbose:
-                with suppress(BrokenPipeError):  # receive() will meet it too, and can tell main()
-                    print("sent   ", payload, flush=True)
-            await websocket.send(payload)
-
-
-async def receive(url: str, token: str | None, verbose: bool) -> str | None:
-    """Take receipts, connecting again as needed. Returns the reason when the server refuses a payload."""
-    connected = False
-
-    def retry(error: Exception) -> Exception | None:
-        """Answer None, try again, where the server was there before and may come back."""
-        refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
-        return None if connected and not refused else error
-
-    headers = {"Authorization": f"Bearer {token}"} if token else None
-    async for websocket in connect(
-        url,
-        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
-        proxy=None if urlsplit(url).hostname in LOCAL else True,
-        additional_headers=headers,
-        process_exception=retry,
-        close_timeout=1,
-    ):
-        connected = True
-        sender = asyncio.create_task(send(websocket, verbose))
-        try:
-            async for receipt in websocket:
-                unechoed.popleft()
-                room.release()
-                if verbose:
-                    print("receipt", receipt, flush=True)
-        except ConnectionClosed:
-            pass
-        finally:
-            sender.cancel()
-            await websocket.close()
-        closed = f"closed with {websocket.close_code}: {websocket.close_reason or 'the server went away'}"
-        if websocket.close_code in REFUSED:
-            return f"line {unechoed[0][0]}: {closed}" if unechoed else closed
-        print(f"{closed}; connecting again", file=sys.stderr, flush=True)
-        await asyncio.sleep(PAUSE)
-    return None
-
-
-async def produce(url: str, token: str | None, lines: Iterator[bytes], verbose: bool) -> str | None:
-    loop = asyncio.get_running_loop()
-    end: asyncio.Future[str | None] = loop.create_future()
-    # A daemon: the thread of an asyncio.to_thread() would hold up Ctrl+C until the next line comes.
-    threading.Thread(target=read, args=(lines, loop, end), daemon=True).start()
-    receiver = asyncio.create_task(receive(url, token, verbose))
-    done, _ = await asyncio.wait([end, receiver], return_when=asyncio.FIRST_COMPLETED)
-    return done.pop().result()
+async def run(url: str, token: str | None, lines: Iterator[bytes], verbose: bool) -> str | None:
+    """Produce the lines. Return what went wrong, if anything."""
+    problems: list[str] = []
+    # asyncio cannot wait for a line of every kind of file on every system, so a thread reads. It is
+    # a daemon, because the thread of asyncio.to_thread() would delay Ctrl+C until the next line.
+    reading = (lines, asyncio.get_running_loop(), problems)
+    threading.Thread(target=read, args=reading, daemon=True).start()
+    refused = await produce(url, token, verbose)
+    return refused or next(iter(problems), None)
 
 
 def main() -> int | str | None:
+    """Return what sys.exit() takes: an exit code, or a line for standard error."""
     parser = argparse.ArgumentParser(description="Send payloads, and get each back as a receipt.")
-    parser.add_argument("stdin", nargs="?", choices=["-"], help="send the lines of standard input")
+    parser.add_argument("stdin", nargs="?", choices=["-"], help="send lines of standard input")
     parser.add_argument("--url", default="ws://127.0.0.1:8000/ws/producer")
-    parser.add_argument("--interval", type=float, default=1, metavar="SECONDS", help="between two payloads")
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after N payloads")
-    parser.add_argument("--token", help="show who you are (for lessons/auth_server.py)")
+    parser.add_argument("--interval", type=float, default=1, metavar="SECONDS")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="exit after N payloads")
+    parser.add_argument("--token", help="show who you are (lessons/auth_server.py)")
     args = parser.parse_args()
     lines = standard_input() if args.stdin else ticks(args.interval, args.count)
     try:
-        return asyncio.run(produce(args.url, args.token, lines, verbose=not args.stdin))
+        return asyncio.run(run(args.url, args.token, lines, verbose=not args.stdin))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
+    except BrokenPipeError:
+        # The reader of our output has left, as in `| head -1`. Python would try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
+    except ConnectionRefusedError:
+        return f"{args.url}: connection refused. Start the server first: python server.py"
     except InvalidStatus as error:
-        why = " ".join(error.response.body[:200].decode(errors="replace").split())
-        return f"{args.url}: {error} {why}".rstrip()
-    except (OSError, ValueError, WebSocketException) as error:  # a ValueError is a bad port
+        body = " ".join(error.response.body[:200].decode(errors="replace").split())
+        return f"{args.url}: {error} {body}".rstrip()
+    except (OSError, ValueError, WebSocketException) as error:
         return f"{args.url}: {error}"
 
 

@@ -4,10 +4,13 @@ import asyncio
 import json
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 import psutil
@@ -15,6 +18,8 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+import ws_consumer_client
+import ws_producer_client
 from tests import harness
 from tests.harness import (
     CONSUMER,
@@ -416,7 +421,7 @@ def no_server() -> str:
     [
         pytest.param("http://127.0.0.1", "isn't a valid URI", id="scheme"),
         pytest.param("ws://127.0.0.1:99999", "Port out of range", id="port"),
-        pytest.param(no_server(), "Connect call failed", id="refused"),
+        pytest.param(no_server(), "Start the server first: python server.py", id="refused"),
     ],
 )
 async def test_no_connection(start: Start, url: str, reason: str) -> None:
@@ -452,6 +457,44 @@ async def test_a_proxy_is_used_for_other_hosts(start: Start, monkeypatch: pytest
         monkeypatch.setitem(harness.SCRIPT_ENV, "HTTPS_PROXY", proxy)
         await check_no_connection(start, "ws://example.invalid:80", "403")
     assert requests == ["CONNECT example.invalid:80 HTTP/1.1"] * len(SCRIPTS)
+
+
+# Waiting
+
+
+async def test_a_consumer_says_that_it_is_waiting(relay: Server, start: Start) -> None:
+    """Otherwise a consumer without payloads would look like one that hangs."""
+    consumer = start(relay.url(CONSUMER))
+    await consumer.waits()
+    assert consumer.out == ""
+
+
+@pytest.mark.parametrize("client", [ws_producer_client, ws_consumer_client])
+def test_pauses_are_random_and_grow(client: ModuleType) -> None:
+    """So that a thousand clients do not come back at the same moment."""
+    first = [client.pause(1) for _ in range(1000)]
+    later = [client.pause(10) for _ in range(1000)]
+    assert max(first) < 2 < max(later) < client.MAX_PAUSE
+    for part in range(10):
+        assert 50 < sum(part / 5 <= seconds < (part + 1) / 5 for seconds in first) < 200
+
+
+async def test_many_clients_do_not_all_come_back_at_once(start: Start) -> None:
+    """When their server ends, 20 consumers connect again at different times."""
+    arrivals: list[float] = []
+
+    async def restarting(websocket: ServerConnection) -> None:
+        arrivals.append(time.monotonic())
+        while len(arrivals) < 20:
+            await asyncio.sleep(0.01)
+        await websocket.close(1012)
+
+    async with fake(restarting) as url:
+        for _ in range(20):
+            start(url + CONSUMER)
+        await until(lambda: len(arrivals) >= 40, "all to come back")
+    gaps = [later - earlier for earlier, later in pairwise(arrivals[20:40])]
+    assert sum(gap > 0.02 for gap in gaps) > 5, gaps
 
 
 # Ctrl+C

@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/bench.py                      all of it, in less than five minutes, to bench/results.json
     python bench/bench.py latency server.py    some works or servers only, by name; shown, not saved
-    python bench/bench.py --readme             write README.md's section and bench/plot.svg from results.json
+    python bench/bench.py --readme             write bench/README.md and bench/plot.svg from results.json
 
 Servers are measured in turn, round by round, so that what else the machine does meets them alike. CPU is the
 main figure: unlike time, it is the server's own, over all its processes, whatever else runs.
@@ -37,7 +37,7 @@ import uvloop
 
 BENCH = Path(__file__).resolve().parent
 ROOT, RESULTS, PLOT = BENCH.parent, BENCH / "results.json", BENCH / "plot.svg"
-README = ROOT / "README.md"
+README = BENCH / "README.md"
 if not __package__:  # run as a script: then `bench` would be this file, not the folder
     sys.path[0] = str(ROOT)
 
@@ -68,7 +68,7 @@ SERVERS = [
         connection=Acknowledging,
     ),
     Server("gateway + server.py", ("env", "BEHIND=server:app", *UVICORN, "tests.gateway_app:app", "--port")),
-    Server("naive", (*UVICORN, "tests.naive.server:app", "--port")),
+    Server("naive", (*UVICORN, "steps.step0_naive:app", "--port")),
     Server("naive multiproc", (sys.executable, "tests/naive/multiproc_server.py")),
     Server("bare websockets", (sys.executable, "bench/bare_websockets.py")),
 ]
@@ -87,7 +87,8 @@ WORKS = [
     Work("latency", "one payload at a time", 4_000, ahead=1),
     Work("four", "4 producers, 4 consumers", 15_000, 4, 4),
     Work("hundred", "1 producer, 100 consumers", 15_000, consumers=100),
-    Work("parked", "1 producer, 1,000 consumers", 15_000, consumers=1000),
+    Work("crowd", "4 producers, 100 consumers", 15_000, 4, 100),
+    Work("parked", "4 producers, 1,000 consumers", 15_000, 4, 1000),
     Work("large", "1 producer, 1 consumer, 10 kB", 10_000, size=10_000),
 ]
 

@@ -1,4 +1,4 @@
-"""What results.json says, as a table for the terminal, as README.md's section, and as a plot."""
+"""What results.json says, as a table for the terminal, as bench/README.md's section, and as a plot."""
 
 import re
 import textwrap
@@ -39,7 +39,7 @@ def grid(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def section(results: dict[str, Any]) -> str:
-    """README.md's, between its markers."""
+    """Return the part of bench/README.md between its markers."""
     works, rows, servers = results["works"], results["results"], list(results["results"]["one"])
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
 
@@ -65,19 +65,20 @@ def section(results: dict[str, Any]) -> str:
     paragraphs = [
         "`pip install -r bench/requirements.txt && python bench/bench.py` measured this, in less than five "
         f"minutes, on {results['date']}, on {results['cores']} cores of {results['cpu']} that the clients "
-        f"and the server shared, with {versions}. Every payload and every echo is checked: one that loses or "
-        f"doubles one has failed. The clients were busy for at most {busy:.0%} of the time.",
-        "![Server CPU per payload, and memory, for each server and work](bench/plot.svg)",
+        f"and the server shared, with {versions}. Every payload and every echo is checked: a run that loses "
+        f"or duplicates one counts as failed. The clients were busy for at most {busy:.0%} of the time.",
+        "![Server CPU per payload, and memory, for each server and work](plot.svg)",
         "**Server CPU in microseconds per payload**, over all the server's processes: the median of "
         f"{results['rounds']} rounds (the lowest to the highest), and its ratio to `server.py`'s.",
         grid(
             [work["title"] for work in works.values()],
             [[server, *(cost(work, server) for work in works)] for server in servers],
         ),
-        f"Payloads are of {works['one']['size']} bytes where nothing else is said, and up to "
-        f"{works['one']['ahead']} of them in flight. Below, payloads per second are those of one producer "
-        "that sends ahead and one consumer; latency is from the producer's send to the consumer's receipt, "
-        "one payload at a time; memory is resident, summed over the processes.",
+        f"A payload has {works['one']['size']} bytes unless the column says otherwise, and each "
+        f"producer has up to {works['one']['ahead']} of them in flight. In the next table, payloads "
+        "per second are those of one producer that sends ahead and one consumer. Latency is the time "
+        "from the producer's send to the consumer's receipt, one payload at a time. Memory is "
+        "resident memory, summed over the processes.",
         grid(
             list(others),
             [[server, *(figure(work, server, name) for work, name in others.values())] for server in servers],

@@ -213,7 +213,7 @@ def test_unknown_name() -> None:
 def test_readme() -> None:
     """The README's figures and its plot are those of the saved results: `python bench/bench.py --readme`."""
     results = json.loads(bench.RESULTS.read_text())
-    readme = (ROOT / "README.md").read_text()
+    readme = bench.README.read_text()
     assert readme == report.with_section(readme, "bench", report.section(results))
     assert bench.PLOT.read_text() == report.plot(results)
 

@@ -6,8 +6,8 @@
 
 Run `python multiproc_server.py` (--host, --port, --workers) and the clients as with server.py: a
 payload goes from any worker to any other. The queue is in a process of its own, a manager of
-`multiprocessing`. At most once, as with server.py; a worker that is killed loses what it was
-handing over, at most BATCH payloads and one for each of its consumers.
+`multiprocessing`. Delivery is at most once, as with server.py. A worker that is killed loses at
+most BATCH payloads, one for each of its consumers, and what slow consumers have not received.
 """
 
 import signal
@@ -48,22 +48,22 @@ if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads
-TIMEOUT = 1  # seconds: a producer waits for space in the queue, a close frame waits to be sent
-RETRY = 0.04  # seconds between two looks for space
+TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
+RETRY = 0.04  # seconds between two attempts to queue payloads
 WAIT = 0.3  # seconds that one call waits for a payload
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in a row before the others get a turn
 BATCH = 256  # payloads that one call carries to the shared queue or from it
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 if __name__ not in ("__main__", "__mp_main__"):  # multiprocessing imports it as __mp_main__
     log.error("there is no queue: run python multiproc_server.py, which starts it and the workers")
-    sys.exit(3)  # which tells uvicorn not to try again
+    sys.exit(3)  # tells uvicorn not to start the worker again
 
 
 class SharedQueue:
-    """The queue, in the manager's process. The manager runs a thread for each thread that calls."""
+    """The queue, in the manager's process. Each calling thread has a thread of its own there."""
 
     def __init__(self) -> None:
         # The lowest number comes out first, so a payload that goes back is the next one out.
@@ -89,7 +89,7 @@ class SharedQueue:
             self.changed.notify_all()
 
     def take(self, worker: int) -> list[tuple[int, str]]:
-        """Take at most BATCH payloads. Wait for the first for WAIT seconds, or until leave()."""
+        """Take at most BATCH payloads. Wait up to WAIT seconds for the first, or until leave()."""
         with self.changed:
             self.changed.wait_for(lambda: self.entries or worker in self.left, WAIT)
             count = 0 if worker in self.left else min(BATCH, len(self.entries))
@@ -145,7 +145,7 @@ class Channel:
     async def put(self, payloads: list[str], max_wait: float) -> int:
         """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
         deadline = time.monotonic() + max_wait
-        # Producers stand in line, or one would get all the space while another gets none.
+        # Producers wait in line. Otherwise one could get all the space while another gets none.
         async with asyncio.timeout(max_wait):
             await self.line.acquire()
         try:
@@ -259,7 +259,7 @@ def validate(payload: str | None) -> str:
 
 
 async def receive_batch(websocket: WebSocket) -> list[Message]:
-    """Wait for a message, and return it with those that have arrived behind it."""
+    """Wait for a message, and return it with the messages that have already arrived after it."""
     messages = [await websocket.receive()]
     # A timeout of 0 ends the first receive() that would have to wait.
     with suppress(TimeoutError):
@@ -333,7 +333,7 @@ async def index() -> Response:
 
 
 def start_manager() -> None:
-    """Run in the manager's process, which must end after the parent, however the parent ends."""
+    """Run in the manager's process. Make sure that it ends if the parent is killed."""
     threading.Thread(target=end_after_parent, daemon=True).start()
 
 
@@ -371,7 +371,7 @@ def main() -> None:
     # if systemd sends SIGTERM to the whole group.
     manager = QueueManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(start_manager)
-    # SIGINT stays blocked, or Ctrl+C would interrupt the imports of a worker with a traceback.
+    # SIGINT stays blocked, because Ctrl+C during a worker's imports would print a traceback.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ["QUEUE_ADDRESS"] = str(manager.address)
     [process] = multiprocessing.active_children()
@@ -386,7 +386,7 @@ def main() -> None:
         sys.stdin = None
         Multiprocess(config, [listener]).run()
         if process.exitcode is not None:
-            sys.exit("the process that held the queue died, and the queue with it")
+            sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]
         log.info("%d payloads were still queued", queue.qsize())
 

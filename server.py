@@ -27,10 +27,10 @@ if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 CAPACITY = 1000  # payloads
-TIMEOUT = 1  # seconds: a producer waits for space in the queue, a close frame waits to be sent
+TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in a row before the others get a turn
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 
@@ -165,7 +165,7 @@ async def index() -> Response:
 
 
 if __name__ == "__main__":
-    # A client with large cookies would get no answer. Compression would double the CPU's work.
+    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
     os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
     options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
     uvicorn.main(["__main__:app", *options])

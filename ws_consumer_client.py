@@ -4,8 +4,8 @@
 # ///
 """Print the payloads that the server sends, one per line: python ws_consumer_client.py | jq .value
 
-Payloads go to standard output, everything else goes to standard error. If the server goes away,
-this client waits for it. A payload that is on its way to a consumer which ends is lost, unless the
+Payloads go to standard output, and everything else to standard error. If the server goes away,
+this client waits for it. If this client ends, payloads on their way to it are lost, unless the
 server takes acknowledgements (--ack).
 """
 
@@ -24,7 +24,7 @@ if sys.version_info < (3, 11):
 
 MAX_PAUSE = 8  # seconds between a connection that was closed and the next
 LOCAL = ("localhost", "127.0.0.1", "::1")
-POLICY_VIOLATION = 1008  # the close code of a server that will not have us (RFC 6455)
+POLICY_VIOLATION = 1008  # the close code of a server that refuses us (RFC 6455)
 
 
 def give_up(error: Exception) -> Exception:
@@ -33,7 +33,7 @@ def give_up(error: Exception) -> Exception:
 
 
 def keep_trying(error: Exception) -> Exception | None:
-    """Tell connect() to try again, unless the server answered that it does not want us."""
+    """Tell connect() to try again, unless the server refused the connection."""
     refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
     return error if refused else None
 
@@ -41,13 +41,13 @@ def keep_trying(error: Exception) -> Exception | None:
 def pause(failures: int) -> float:
     """Return how long to wait before the next connection, in seconds.
 
-    It is random, or a thousand clients would all come back at the same moment. It grows.
+    The pause is random, so that clients do not all come back at once. It grows with each failure.
     """
     return random.uniform(0, min(2**failures, MAX_PAUSE))
 
 
 async def consume(url: str, token: str | None, count: int, ack: bool) -> str | None:
-    """Print `count` payloads, or all if it is 0. Return a reason if the server will not have us."""
+    """Print `count` payloads, or all if it is 0. Return a reason if the server refuses us."""
     connecting = connect(
         url,
         # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
@@ -55,8 +55,8 @@ async def consume(url: str, token: str | None, count: int, ack: bool) -> str | N
         additional_headers={"Authorization": f"Bearer {token}"} if token else None,
         process_exception=give_up,
         close_timeout=1,
-        # A pong waits behind the payloads that the server has sent ahead. If a busy consumer closed
-        # because a pong is late, it would lose all of them.
+        # A pong waits behind the payloads that the server has sent ahead. A busy consumer that
+        # closed the connection because of a late pong would lose all of these payloads.
         ping_timeout=None,
     )
     printed = 0

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["websockets>=17.0"]
 # ///
-"""Send payloads: one per second, or the lines of standard input. The server echoes each as receipt.
+"""Send one payload per second, or the lines of standard input. Each comes back as its receipt.
 
     python ws_producer_client.py
     cat events.jsonl | python ws_producer_client.py -
@@ -56,7 +56,7 @@ async def send(websocket: ClientConnection, verbose: bool) -> None:
             unechoed.append(line)
             _, payload = line
             if verbose:
-                # receive() meets a broken pipe as well, and can tell main().
+                # receive() gets the same error when it prints, and it passes the error to main().
                 with suppress(BrokenPipeError):
                     print("sent   ", payload, flush=True)
             await websocket.send(payload)
@@ -85,7 +85,7 @@ def give_up(error: Exception) -> Exception:
 
 
 def keep_trying(error: Exception) -> Exception | None:
-    """Tell connect() to try again, unless the server answered that it does not want us."""
+    """Tell connect() to try again, unless the server refused the connection."""
     refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
     return error if refused else None
 
@@ -93,7 +93,7 @@ def keep_trying(error: Exception) -> Exception | None:
 def pause(failures: int) -> float:
     """Return how long to wait before the next connection, in seconds.
 
-    It is random, or a thousand clients would all come back at the same moment. It grows.
+    The pause is random, so that clients do not all come back at once. It grows with each failure.
     """
     return random.uniform(0, min(2**failures, MAX_PAUSE))
 
@@ -147,7 +147,7 @@ def ticks(interval: float, count: int) -> Iterator[bytes]:
 
 def standard_input() -> Iterator[bytes]:
     """Read lines. A line that is longer than MAX_LINE comes in parts, which the server refuses."""
-    # At exit, Python would wait for the lock of sys.stdin, which the reading thread holds.
+    # Do not use sys.stdin: at exit, Python would wait for its lock, which this thread holds.
     with os.fdopen(0, "rb", closefd=False) as file:
         while line := file.readline(MAX_LINE):
             yield line
@@ -172,7 +172,7 @@ def read(lines: Iterator[bytes], loop: asyncio.AbstractEventLoop, problems: list
 async def run(url: str, token: str | None, lines: Iterator[bytes], verbose: bool) -> str | None:
     """Produce the lines. Return what went wrong, if anything."""
     problems: list[str] = []
-    # asyncio cannot wait for a line of every kind of file on every system, so a thread reads. It is
+    # asyncio cannot wait for every kind of file on every system, so a thread reads the lines. It is
     # a daemon, because the thread of asyncio.to_thread() would delay Ctrl+C until the next line.
     reading = (lines, asyncio.get_running_loop(), problems)
     threading.Thread(target=read, args=reading, daemon=True).start()

@@ -142,9 +142,11 @@ async def call(answer: Awaitable[Any]) -> Any:
         async with asyncio.timeout(TIMEOUT):  # for a connection too, where many wait for one
             result = await answer
     except ResponseError as error:  # it has no memory left, cannot write to its disk, is a cluster, ...
-        if refusal != str(error):
-            log.error("Redis refuses a command: %s", error)
-        refusal = str(error)
+        # Redis puts where in our script it happened before what happened.
+        why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
+        if refusal != why and not why.startswith("NOGROUP"):  # Redis was emptied; repeat() makes the group
+            log.error("Redis refuses a command: %s", why)
+        refusal = why
         raise WebSocketException(1013, f"Redis refuses: {refusal:.90}") from None
     except (RedisError, TimeoutError) as error:
         if reachable:

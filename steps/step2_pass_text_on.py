@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 
 app = FastAPI()
 queue: asyncio.Queue[str] = asyncio.Queue()

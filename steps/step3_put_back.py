@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 
 
 class Channel:

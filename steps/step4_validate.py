@@ -14,9 +14,9 @@ from contextlib import suppress
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
 from pydantic_core import from_json
 
-TIMEOUT = 1  # seconds: a close frame waits to be sent
+TIMEOUT = 1  # seconds to wait for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 

@@ -15,10 +15,10 @@ from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketE
 from pydantic_core import from_json
 
 CAPACITY = 1000  # payloads
-TIMEOUT = 1  # seconds: a producer waits for space in the queue, a close frame waits to be sent
+TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in a row before the others get a turn
-GONE = (WebSocketDisconnect, RuntimeError)  # what sending to a client that has left can raise
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 

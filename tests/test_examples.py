@@ -2,7 +2,7 @@
 
 from websockets.asyncio.client import connect
 
-from tests.harness import CONNECTING, receive, running, uvicorn_command
+from tests.harness import CONNECTING, receive, running, until, uvicorn_command
 
 
 async def test_server_can_be_mounted_in_another_app() -> None:
@@ -23,4 +23,18 @@ async def test_server_can_be_mounted_in_another_app() -> None:
         server.interrupt()
         assert server.ends_within(2) is not None
         assert "0 payloads were still queued" in server.log
+        assert "Traceback" not in server.log
+
+
+async def test_an_app_can_produce_and_consume_in_the_server() -> None:
+    """Its task consumes what its other task produces, and what a client sends. Ctrl+C ends both tasks."""
+    with running(uvicorn_command("tests.examples.in_app:app")) as server:
+        await until(lambda: 'saved {"temperature": 20}' in server.log, "a measurement")
+        options = {**CONNECTING}
+        async with connect(server.url("/queue/ws/producer"), **options) as producer:  # type: ignore[arg-type]
+            await producer.send('"from a client"')
+            assert await receive(producer) == '"from a client"'
+        await until(lambda: 'saved "from a client"' in server.log, "the client's payload")
+        server.interrupt()
+        assert server.ends_within(2) is not None
         assert "Traceback" not in server.log

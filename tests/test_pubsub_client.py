@@ -181,8 +181,9 @@ async def test_a_slow_callback(server: Server, topics: str, caplog: pytest.LogCa
     ):
         await slowed.subscribe(topics, slow)
         await confirm(slowed, publisher)
+        # 60 MB, compressed: more than the kernel's buffers for a connection can grow to.
         for number in range(4000):
-            await publisher.publish(topics, [number, os.urandom(2000).hex()])
+            await publisher.publish(topics, [number, os.urandom(15_000).hex()])
         await confirm(publisher, publisher)
         go_on.set()
         await until(lambda: got[-1] == 3999, "the newest message")

@@ -391,7 +391,7 @@ async def test_producers_that_wait_for_space_take_turns(command: list[str]) -> N
     for waiting in "abcdefgh":
         served = Counter[str]()
         # After its last payload it waits no more: all of its payloads are queued, or it was refused.
-        last = max(place for place, name in enumerate(turns) if name == waiting)
+        last = max((place for place, name in enumerate(turns) if name == waiting), default=-1)
         for name in turns[: last + 1]:
             served[name] += 1
             if name == waiting:

@@ -572,7 +572,7 @@ async def test_it_ends_in_full_flow(fresh: Server) -> None:
             group.create_task(take(taker))
         floods = [group.create_task(flood(producer, numbered(10_000))) for producer in producers]
         await until(lambda: len(received) > 1000, "payloads to flow")
-        left = await end(fresh, signal.SIGINT, 2.5)
+        left = await end(fresh, signal.SIGINT, 5)
         echoed = sum([(await flooding)[0] for flooding in floods])
     codes = {taker.websocket.close_code for taker in takers}
     # A consumer that acknowledges sends all the time: see README.md, "1006 instead of 1012".
@@ -585,14 +585,14 @@ async def test_it_ends_while_a_producer_waits_for_room(fresh: Server) -> None:
     async with client(fresh, PRODUCER) as producer:
         flooding = asyncio.create_task(flood(producer, numbered(10_000)))
         await until(lambda: fresh.queued() == fresh.capacity, "the queue to be full")
-        assert await end(fresh, signal.SIGTERM, 2.5) == fresh.capacity
+        assert await end(fresh, signal.SIGTERM, 5) == fresh.capacity
         assert (await flooding)[0] <= fresh.capacity
 
 
 async def test_it_ends_though_a_consumer_stopped_reading(fresh: Server) -> None:
     """What was taken and could not be written, or was not acknowledged, is counted too."""
     async with stuck(fresh, numbered(300, 50_000)) as (_, queued):
-        assert await end(fresh, signal.SIGINT, 2.5) == (300 if fresh.acks else queued + 1)
+        assert await end(fresh, signal.SIGINT, 5) == (300 if fresh.acks else queued + 1)
 
 
 async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server) -> None:
@@ -634,7 +634,7 @@ async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server) -> Non
 
             await until(stalled, "the server to wait for its producer")
             assert not sending.done()
-            left = await end(fresh, signal.SIGTERM, 2.5)
+            left = await end(fresh, signal.SIGTERM, 5)
             # Behind a gateway, that ends too, and the server goes on with what it had read of it.
             assert left == 0 or fresh.gateway
             await vanish(producer)

@@ -245,7 +245,10 @@ def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, A
     """The status and the JSON of the answer. Headers are only those that are given."""
     with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
         connection.request("POST", path, body, {name.replace("_", "-"): headers[name] for name in headers})
-        response = connection.getresponse()
+        try:
+            response = connection.getresponse()
+        except ConnectionError as error:
+            raise AssertionError(f"{error!r}; exit code {server.process.poll()}, log {server.log!r}") from error
         return response.status, json.loads(response.read())
 
 

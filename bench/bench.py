@@ -69,7 +69,7 @@ SERVERS = [
     ),
     Server("gateway + server.py", ("env", "BEHIND=server:app", *UVICORN, "tests.gateway_app:app", "--port")),
     Server("naive", (*UVICORN, "steps.step0_naive:app", "--port")),
-    Server("naive multiproc", (sys.executable, "tests/naive/multiproc_server.py")),
+    Server("naive multiproc", (sys.executable, "lessons/naive/multiproc_server.py")),
     Server("bare websockets", (sys.executable, "bench/bare_websockets.py")),
 ]
 PEERS = [

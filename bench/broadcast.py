@@ -2,7 +2,7 @@
 
     python bench/broadcast.py                  all of it, in two minutes, to bench/broadcast.json
     python bench/broadcast.py --peers          fastapi-websocket-pubsub too; see requirements-peers.txt
-    python bench/broadcast.py --readme         write lessons/README.md's section from broadcast.json
+    python bench/broadcast.py --readme         write bench/README.md's section from broadcast.json
 
 Names, and how it is measured, are as in bench.py. Every subscriber checks that every message comes, once, in
 order.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parent
-ROOT, RESULTS, README = BENCH.parent, BENCH / "broadcast.json", BENCH.parent / "lessons" / "README.md"
+ROOT, RESULTS, README = BENCH.parent, BENCH / "broadcast.json", BENCH / "README.md"
 if not __package__:
     sys.path[0] = str(ROOT)
 
@@ -125,7 +125,7 @@ class AmongOthers(Work):
     others: int = 10_000  # subscriptions to other topics
 
 
-NAIVE = (*UVICORN, "tests.naive.pubsub_server:app", "--port")
+NAIVE = (*UVICORN, "lessons.naive.pubsub_server:app", "--port")
 LESSON = (*UVICORN, "lessons.pubsub_server:app", "--port")
 PACKAGE = (sys.executable, "bench/fastapi_websocket_pubsub_server.py")
 SERVERS = [
@@ -146,7 +146,7 @@ WORKS = [
 
 
 def section(results: dict[str, Any]) -> str:
-    """lessons/README.md's, between its markers."""
+    """bench/README.md's, between its markers."""
     works, rows = results["works"], results["results"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
 

@@ -45,7 +45,7 @@ from tests.test_playground import CHROMIUM, FLAGS
 
 KEY = "the tests' own secret key, with more than 32 bytes"
 COMMAND = uvicorn_command("lessons.auth_server:app")
-NAIVE = uvicorn_command("tests.naive.auth_server:app")
+NAIVE = uvicorn_command("lessons.naive.auth_server:app")
 RATE, PLACES = 50, 100  # payloads a second, and in the queue, of the hasty server
 HASTY = f"""if True:
     import asyncio, sys, uvicorn, lessons.auth_server as server

@@ -218,7 +218,7 @@ def test_readme() -> None:
     assert bench.PLOT.read_text() == report.plot(results)
 
 
-def test_lessons_readme() -> None:
+def test_broadcast_readme() -> None:
     """The figures for broadcasts are those of the saved results: `python bench/broadcast.py --readme`."""
     results = json.loads(broadcast.RESULTS.read_text())
     readme = broadcast.README.read_text()

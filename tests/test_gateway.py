@@ -37,7 +37,7 @@ from tests.harness import (
 PORT = free_port()  # of the upstream, which each test starts for itself
 ENV = {"UPSTREAM": f"ws://127.0.0.1:{PORT}"}
 COMMAND = uvicorn_command("lessons.gateway_server:app")
-NAIVE = uvicorn_command("tests.naive.gateway_server:app")
+NAIVE = uvicorn_command("lessons.naive.gateway_server:app")
 STALL = 0.5 * SLOWNESS  # seconds, instead of 40 or 5, where a test waits for it
 IMPATIENT = f"""if True:
     import sys, uvicorn, lessons.gateway_server as gateway

@@ -75,14 +75,40 @@ def imports(lesson: Path) -> Iterator[str]:
 
 
 def test_ladder() -> None:
-    """The table in the lessons' README has a row for each lesson, and for nothing else."""
+    """The table in lessons/README.md has one row for each lesson, which links to its file and to its page."""
     readme = (ROOT / "lessons" / "README.md").read_text()
-    table = readme[: readme.index("\n## ")]
-    rows = re.findall(r"^\| \[`(\S+)`\]\(#(\S+)\)", table, re.MULTILINE)
-    assert sorted(name for name, _ in rows) == [lesson.name for lesson in LESSONS]
-    headings = re.findall(r"^## (.*)", readme, re.MULTILINE)
-    anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
-    assert [anchor for _, anchor in rows] == anchors
+    rows = re.findall(r"^\| .* \| \[`(\S+)`\]\((\S+)\) \| .* \| \[\S+\]\((\S+)\) \|$", readme, re.MULTILINE)
+    files = [*LESSONS, ROOT / "multiproc_server.py"]
+    assert sorted(name for name, _, _ in rows) == sorted(file.name for file in files)
+    for name, file, page in rows:
+        assert Path(file).name == name
+        assert (ROOT / "lessons" / file).exists()
+        assert (ROOT / "lessons" / page).exists()
+        assert Path(page).stem == Path(name).stem
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> list[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[slb]*/*.md"), ROOT / ".github" / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    """Each link to a file, or to a heading of a page, leads somewhere."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for path, anchor in LINK.findall(text):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_requirements() -> None:

@@ -35,7 +35,7 @@ from tests.harness import (
 )
 
 COMMAND = SERVERS["multiproc_server.py"]
-NAIVE = [sys.executable, "tests/naive/multiproc_server.py"]
+NAIVE = [sys.executable, "lessons/naive/multiproc_server.py"]
 
 
 def children(server: Server) -> list[psutil.Process]:

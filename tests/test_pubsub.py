@@ -48,7 +48,7 @@ from tests.harness import (
 )
 
 COMMAND = uvicorn_command("lessons.pubsub_server:app")
-NAIVE = uvicorn_command("tests.naive.pubsub_server:app")
+NAIVE = uvicorn_command("lessons.naive.pubsub_server:app")
 SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
 BUFFER = 50  # messages that wait for a slow subscriber, instead of 1000, where a test fills it
 POLICIES = ["drop oldest", "drop newest", "disconnect"]
@@ -248,7 +248,9 @@ def post(server: Server, path: str, body: bytes, **headers: str) -> tuple[int, A
         try:
             response = connection.getresponse()
         except ConnectionError as error:
-            raise AssertionError(f"{error!r}; exit code {server.process.poll()}, log {server.log!r}") from error
+            raise AssertionError(
+                f"{error!r}; exit code {server.process.poll()}, log {server.log!r}"
+            ) from error
         return response.status, json.loads(response.read())
 
 

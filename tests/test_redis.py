@@ -702,8 +702,8 @@ async def test_nothing_is_lost_whatever_is_killed(
 
 
 def nginx_conf() -> str:
-    """The proxy's configuration as the lessons' README shows it."""
-    readme = ROOT / "lessons/README.md"
+    """The proxy's configuration as lessons/redis_server.md shows it."""
+    readme = ROOT / "lessons/redis_server.md"
     found = re.search(r"```nginx\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else None
     return found[1] if found else NGINX_CONF
 
@@ -720,7 +720,7 @@ def proxy(shared: list[Server], tmp_path: Path) -> Iterator[Server]:
     ):
         conf, count = re.subn(pattern, replace, conf)
         places.append(count)
-    assert places == [1, 2, 1], "not the README's snippet as this test knows it"
+    assert places == [1, 2, 1], "not the page's snippet as this test knows it"
     (tmp_path / "queue.conf").write_text(conf)
     (tmp_path / "nginx.conf").write_text(NGINX_MAIN)
     command = ["sh", "-c", 'exec "$0" -p "$1" -e stderr -c nginx.conf', str(NGINX), str(tmp_path)]

@@ -368,7 +368,7 @@ def run(*command: str) -> tuple[int, str]:
 
 def test_types_are_made_from_the_document(plain: Server, tmp_path: Path) -> None:
     """The README's command makes the types that lie beside the client, which runs against the server."""
-    readme = (ROOT / "lessons" / "README.md").read_text()
+    readme = (ROOT / "lessons" / "typed_server.md").read_text()
     [command] = re.findall(r"^(python -c .*json2ts.*)$", readme, re.MULTILINE)
     made = tmp_path / "made.mts"
     command = command.replace("127.0.0.1:8000", f"127.0.0.1:{plain.port}")

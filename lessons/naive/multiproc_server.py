@@ -1,6 +1,6 @@
 """The demo with many workers as tutorials write it: a manager's queue behind asyncio.to_thread().
 
-Run `python tests/naive/multiproc_server.py PORT`.
+Run `python lessons/naive/multiproc_server.py PORT`.
 """
 
 import asyncio
@@ -60,4 +60,4 @@ if __name__ == "__main__":
     with QueueManager(authkey=b"secret") as manager:
         os.environ["QUEUE_ADDRESS"] = str(manager.address)
         sys.path.insert(0, os.getcwd())
-        uvicorn.run("tests.naive.multiproc_server:app", port=int(sys.argv[1]), workers=2)
+        uvicorn.run("lessons.naive.multiproc_server:app", port=int(sys.argv[1]), workers=2)

@@ -38,7 +38,7 @@ from tests.harness import (
 PAGES = [ROOT / "README.md", *sorted((ROOT / "steps").glob("*.md"))]
 PAGES += sorted((ROOT / "lessons").glob("*.md"))
 READMES = [path for path in PAGES if path.exists()]
-NAIVE = ROOT / "tests" / "naive"
+NAIVE = ROOT / "lessons" / "naive"
 PORT, REDIS_PORT, BEHIND_PORT = 8000, 6379, 8001  # the READMEs' commands use the defaults
 SERVER = re.compile(r"\$ (?:\w+=\S+ )?(uvicorn|python \S*server\.py)")
 BEHIND = {

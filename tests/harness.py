@@ -141,6 +141,7 @@ def with_options(command: list[str], *options: str) -> list[str]:
 SERVERS = {
     "server.py": uvicorn_command("server:app"),
     "multiproc_server.py": [sys.executable, "multiproc_server.py", "--workers", "2", "--port"],
+    "rooms_server.py": uvicorn_command("lessons.rooms_server:app"),
     "ack_server.py": uvicorn_command("lessons.ack_server:app"),
     "redis_server.py": uvicorn_command("lessons.redis_server:app"),
     "gateway_server.py": uvicorn_command("tests.gateway_app:app"),  # with ack_server.py behind it
@@ -223,6 +224,7 @@ class Server:
         self, command: list[str], port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.port = port or free_port()
+        self.rooms = "lessons.rooms_server:app" in command
         self.gateway = "tests.gateway_app:app" in command
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -240,6 +242,9 @@ class Server:
             )
 
     def url(self, path: str, scheme: str = "ws") -> str:
+        """The address of a path. The tests of one queue use the room `kitchen`."""
+        if self.rooms and path.startswith((PRODUCER, CONSUMER)):
+            path = path.replace("/ws/", "/ws/kitchen/", 1)
         return f"{scheme}://127.0.0.1:{self.port}{path}"
 
     @property
@@ -276,6 +281,9 @@ class Server:
         status, _, body = self.get("/stats")
         assert status == 200, f"GET /stats: {status} {body}"
         stats: dict[str, int] = json.loads(body)
+        if self.rooms:
+            rooms: dict[str, int] = json.loads(body)["rooms"]
+            stats |= {"queued": rooms.get("kitchen", 0), "acks": False}
         return stats
 
     def queued(self) -> int:

@@ -10,7 +10,15 @@ import pytest
 from tests.harness import ROOT, running, shared_redis, uvicorn_command
 
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "lessons").glob("*.py")])
-WITH_A_PAGE = ["server", "multiproc_server", "ack_server", "auth_server", "redis_server", "pubsub_server"]
+WITH_A_PAGE = [
+    "server",
+    "multiproc_server",
+    "rooms_server",
+    "ack_server",
+    "auth_server",
+    "redis_server",
+    "pubsub_server",
+]
 # What runs a file on a Python that says it is 3.10. The packages are imported before it says so.
 ON_OLD_PYTHON = """
 import runpy, sys

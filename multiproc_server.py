@@ -384,7 +384,9 @@ def main() -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Without this line, uvicorn opens stdin again in each worker, and never closes it.
         sys.stdin = None
-        Multiprocess(config, [listener]).run()
+        # A worker that is killed while it starts breaks the pipe to it. All workers end with us.
+        with suppress(BrokenPipeError):
+            Multiprocess(config, [listener]).run()
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]

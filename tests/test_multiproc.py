@@ -261,7 +261,7 @@ async def test_the_manager_killed_ends_all(fresh: Server, parked: int) -> None:
     assert "Traceback" not in fresh.log
 
 
-@pytest.mark.parametrize("module", ["_socket", "pydantic_core"])
+@pytest.mark.parametrize("module", ["_asyncio", "pydantic_core"])
 def test_ctrl_c_while_the_parent_imports(module: str) -> None:
     """Ctrl+C after the parent has imported this module ends it by SIGINT, without a word."""
     with starting(COMMAND) as server:

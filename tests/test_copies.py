@@ -14,6 +14,7 @@ WITH_A_PAGE = [
     "server",
     "multiproc_server",
     "rooms_server",
+    "log_server",
     "ack_server",
     "auth_server",
     "redis_server",

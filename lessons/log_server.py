@@ -1,0 +1,407 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi>=0.140.12", "uvicorn>=0.53", "websockets>=17.0"]
+# ///
+"""Keep what was sent, so that a consumer that was away gets what it missed.
+
+It differs from server.py in that every consumer gets every payload, from the offset where it
+stopped. Run `python lessons/log_server.py` and open http://127.0.0.1:8000, or connect to
+`/ws/{stream}/producer` and `/ws/{stream}/consumer?after=0`. A consumer that resumes gets each
+event once, in order, and is told if events are gone: the server keeps the newest KEEP of them.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NamedTuple
+
+import uvicorn
+from fastapi import (
+    Depends,
+    FastAPI,
+    Header,
+    HTTPException,
+    Request,
+    WebSocket,
+    WebSocketDisconnect,
+    WebSocketException,
+)
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic_core import from_json
+from starlette.requests import HTTPConnection
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
+KEEP = 1000  # events of each stream
+MAX_STREAMS = 1000
+EXPIRE = 300  # seconds that an unused stream is kept
+WORD_EVERY = 0.05  # seconds between two words of a job
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a stream
+TIMEOUT = 1  # seconds to wait for a close frame to be sent
+MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
+BURST = 32  # events that a consumer gets in a row before the others get a turn
+TOO_MANY = "there are too many streams: try again later"
+BAD_AFTER = "`after` must be EPOCH:OFFSET or 0"
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
+
+
+class Event(NamedTuple):
+    offset: int
+    payload: str
+    frame: str  # for websockets; made once, not once for each consumer
+
+
+class Stream:
+    """A log of events. Each consumer reads it at its own pace, so it needs no buffer of its own."""
+
+    def __init__(self) -> None:
+        # After a restart, offsets begin at 1 again. The epoch tells such a stream from this one.
+        self.epoch = secrets.token_hex(4)
+        self.events: deque[Event] = deque(maxlen=KEEP)
+        self.next = 1
+        self.end: str | None = None
+        self.changed = asyncio.Event()
+        self.users = 0
+        self.used_at = time.monotonic()
+
+    @property
+    def first(self) -> int:
+        """The oldest offset that is kept."""
+        return self.next - len(self.events)
+
+    def append(self, payload: str) -> None:
+        frame = f'{{"offset": {self.next}, "payload": {payload}}}'
+        self.events.append(Event(self.next, payload, frame))
+        self.next += 1
+        self.notify()
+
+    def finish(self, end: str) -> None:
+        self.end = end
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake all consumers that wait. A consumer that comes later waits for the next change."""
+        self.used_at = time.monotonic()
+        self.changed.set()
+        self.changed.clear()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the stream. An unused stream expires."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            self.used_at = time.monotonic()
+
+    def status(self, recovered: bool) -> dict[str, str | int | bool]:
+        """Return the first frame that a consumer gets."""
+        offsets = {"first": self.first, "next": self.next}
+        return {"epoch": self.epoch, **offsets, "recovered": recovered}
+
+    def resume(self, after: str | None) -> tuple[int, bool]:
+        """Return where a consumer goes on, and whether all events from there on are kept.
+
+        `after` is EPOCH:OFFSET, or 0 for all events, or None for new events only. Raise ValueError
+        if it is anything else.
+        """
+        if after is None:
+            return self.next, True
+        if after == "0":
+            after = f"{self.epoch}:0"
+        epoch, _, offset = after.rpartition(":")
+        start = int(offset) + 1
+        if epoch == self.epoch and self.first <= start <= self.next:
+            return start, True
+        return self.first, False
+
+    async def read(self, offset: int) -> AsyncIterator[Event | int]:
+        """Yield all events from `offset` on, and each new one, until the stream or the server ends.
+
+        If events were dropped before the consumer could read them, yield how many.
+        """
+        while not stopping.is_set():
+            if offset < self.first:
+                yield self.first - offset
+                offset = self.first
+            elif offset < self.next:
+                yield self.events[offset - self.first]
+                offset += 1
+            elif self.end:
+                return
+            else:
+                await self.changed.wait()
+
+
+def stop() -> None:
+    """Let all consumers end."""
+    stopping.set()
+    for stream in streams.values():
+        stream.notify()
+
+
+def listen_to_signals() -> None:
+    """Call stop() when uvicorn is told to stop. Nothing else tells an HTTP response that it must end."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # This is uvicorn's handler, which must run, too.
+        handler = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, handler: Any = handler) -> None:
+            loop.call_soon_threadsafe(stop)
+            handler(number, frame)
+
+        if callable(handler):
+            signal.signal(number, handle)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    if threading.current_thread() is threading.main_thread():  # only there is it allowed
+        listen_to_signals()
+    yield  # until every endpoint has returned
+    for job in jobs.values():
+        job.cancel()
+
+
+app = FastAPI(lifespan=lifespan)
+streams: dict[str, Stream] = {}
+jobs: dict[str, asyncio.Task[None]] = {}
+stopping = asyncio.Event()
+
+
+async def same_origin(connection: HTTPConnection) -> None:
+    """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
+    origin = connection.headers.get("origin")
+    host = connection.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        if connection.scope["type"] == "http":
+            raise HTTPException(403, reason)
+        raise WebSocketException(1008, reason)
+
+
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
+
+
+def validate(payload: str | None) -> str:
+    """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
+    if payload is None:
+        raise WebSocketException(1003, "a binary frame: send payloads as text")
+    if len(payload.encode()) > MAX_PAYLOAD:
+        raise WebSocketException(1009, f"a payload has at most {MAX_PAYLOAD} bytes")
+    try:
+        from_json(payload, allow_inf_nan=False)
+    except ValueError as error:
+        raise WebSocketException(1007, f"not JSON: {error}") from None
+    return payload
+
+
+async def check_name(stream: str) -> None:
+    """Refuse the request with 404 if this is no name for a stream."""
+    if not NAME.fullmatch(stream):
+        raise HTTPException(404, "a stream's name has 1 to 64 letters, digits, '-', '_' or '.'")
+
+
+def find(name: str) -> Stream | None:
+    """Return the stream, and make it if it does not exist. Return None if there are too many."""
+    oldest = time.monotonic() - EXPIRE
+    for other, stream in list(streams.items()):
+        if stream.users == 0 and stream.used_at < oldest:
+            del streams[other]
+    if name not in streams and len(streams) < MAX_STREAMS:
+        streams[name] = Stream()
+    return streams.get(name)
+
+
+CHECKS = [Depends(same_origin), Depends(check_name)]
+
+
+# `:path` also matches a name with a slash in it, so that check_name() can refuse it.
+@app.websocket("/ws/{stream:path}/producer", dependencies=CHECKS)
+async def producer(websocket: WebSocket, stream: str) -> None:
+    await websocket.accept()
+    target = find(stream)
+    if target is None:
+        raise WebSocketException(1013, TOO_MANY)
+    # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
+    with target.in_use(), suppress(asyncio.CancelledError):
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            payload = validate(message.get("text"))
+            if target.end:
+                raise WebSocketException(1008, "this stream has ended")
+            target.append(payload)
+            # The receipt. The event is kept, even if the producer has left meanwhile.
+            with suppress(*GONE):
+                await websocket.send_text(payload)
+            # Let the consumers read. A fast producer could drop events before they do.
+            await asyncio.sleep(0)
+
+
+async def send_events(websocket: WebSocket, stream: Stream, start: int) -> None:
+    """Send events until the consumer leaves, or the stream ends."""
+    sent = 0
+    with suppress(*GONE):
+        async for item in stream.read(start):
+            if isinstance(item, Event):
+                await websocket.send_text(item.frame)
+            else:
+                await websocket.send_text(json.dumps({"missed": item}))
+            sent += 1
+            # While there are events, nothing above pauses: let the other consumers run.
+            if sent % BURST == 0:
+                await asyncio.sleep(0)
+        if stream.end and not stopping.is_set():
+            await websocket.send_text(json.dumps({"end": stream.end}))
+            await websocket.close(1000)
+
+
+@app.websocket("/ws/{stream:path}/consumer", dependencies=CHECKS)
+async def consumer(websocket: WebSocket, stream: str, after: str | None = None) -> None:
+    await websocket.accept()
+    source = find(stream)
+    if source is None:
+        raise WebSocketException(1013, TOO_MANY)
+    try:
+        start, recovered = source.resume(after)
+    except ValueError:
+        raise WebSocketException(1008, BAD_AFTER) from None
+    # If the consumer does not read its events, uvicorn cancels this endpoint when it stops.
+    with source.in_use(), suppress(asyncio.CancelledError, *GONE):
+        await websocket.send_json(source.status(recovered))
+        async with asyncio.TaskGroup() as group:
+            sender = group.create_task(send_events(websocket, source, start))
+            # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
+            while (await websocket.receive())["type"] != "websocket.disconnect":
+                pass
+            sender.cancel()
+
+
+async def find_for_http(
+    stream: str,
+    after: str | None = None,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> tuple[Stream, int, bool]:
+    """Find what an EventSource asks for. If it reconnects, it sends the id of its last event."""
+    source = find(stream)
+    if source is None:
+        raise HTTPException(503, TOO_MANY)
+    try:
+        return source, *source.resume(last_event_id or after)
+    except ValueError:
+        raise HTTPException(400, BAD_AFTER) from None
+
+
+@app.get("/streams/{stream:path}", response_class=EventSourceResponse, dependencies=CHECKS)
+async def events(
+    found: Annotated[tuple[Stream, int, bool], Depends(find_for_http)],
+) -> AsyncIterator[ServerSentEvent]:
+    stream, start, recovered = found
+    with stream.in_use():
+        # With an id, so that a browser can resume even if it has not seen a single event.
+        status = stream.status(recovered)
+        yield ServerSentEvent(event="start", data=status, id=f"{stream.epoch}:{start - 1}")
+        async for item in stream.read(start):
+            if isinstance(item, Event):
+                yield ServerSentEvent(raw_data=item.payload, id=f"{stream.epoch}:{item.offset}")
+            else:
+                yield ServerSentEvent(event="missed", data=item)
+        if stream.end and not stopping.is_set():
+            yield ServerSentEvent(event="end", data=stream.end)
+
+
+async def body(request: Request) -> Any:
+    """Return the JSON of a request, whatever its Content-Type is."""
+    received = b""
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > MAX_PAYLOAD:
+            raise HTTPException(413, f"a request has at most {MAX_PAYLOAD} bytes")
+    try:
+        return from_json(received, allow_inf_nan=False)
+    except ValueError as error:
+        raise HTTPException(400, f"not JSON: {error}") from None
+
+
+async def write_words(stream: Stream, request: Any) -> None:
+    """Stand in for a language model: write one word after another."""
+    text = request if isinstance(request, str) else json.dumps(request)
+    with stream.in_use():
+        for word in f"You asked: {text}".split():
+            stream.append(json.dumps(word))
+            await asyncio.sleep(WORD_EVERY)
+
+
+@app.post("/jobs", dependencies=[Depends(same_origin)])
+async def start_job(request: Annotated[Any, Depends(body)]) -> dict[str, str]:
+    name = f"job-{secrets.token_hex(4)}"
+    stream = find(name)
+    if stream is None:
+        raise HTTPException(503, TOO_MANY)
+    # The job is a task of the server, so it goes on when its consumers leave.
+    job = asyncio.create_task(write_words(stream, request))
+    jobs[name] = job
+
+    def finish(job: asyncio.Task[None]) -> None:
+        del jobs[name]
+        if job.cancelled():
+            stream.finish("stopped")
+        elif error := job.exception():
+            log.error("%s failed: %r", name, error)
+            stream.finish("failed")
+        else:
+            stream.finish("done")
+
+    job.add_done_callback(finish)
+    return {"stream": name}
+
+
+@app.delete("/jobs/{name}", dependencies=[Depends(same_origin)])
+async def stop_job(name: str) -> dict[str, str]:
+    if name not in jobs:
+        raise HTTPException(404, "there is no such job, or it has ended")
+    jobs[name].cancel()
+    return {"stream": name}
+
+
+@app.get("/stats")
+async def stats() -> dict[str, Any]:
+    return {"streams": {name: len(stream.events) for name, stream in streams.items()}, "keep": KEEP}
+
+
+@app.get("/")
+async def index() -> Response:
+    page = Path(__file__).parent.parent / "web/log.html"
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
+    return PlainTextResponse("A log: send to /ws/STREAM/producer, receive from /ws/STREAM/consumer.")
+
+
+if __name__ == "__main__":
+    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
+    uvicorn.main(["__main__:app", *options])

@@ -1,0 +1,497 @@
+"""lessons/log_server.py: nothing is missed after a reconnect.
+
+Each `check_` function is a caveat of lessons/log_server.md. The lesson passes it, and the naive version
+fails it.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing, suppress
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.checks import fails
+from tests.harness import (
+    TIMEOUT,
+    Server,
+    client,
+    free_port,
+    gone,
+    narrow,
+    numbered,
+    port,
+    receive,
+    reset,
+    running,
+    until,
+    uvicorn_command,
+    vanish,
+    write,
+)
+
+COMMAND = uvicorn_command("lessons.log_server:app")
+NAIVE = uvicorn_command("lessons.naive.log_server:app")
+# The lesson with other limits, and with a job that fails if it is asked to.
+PROGRAM = """
+import sys
+
+import uvicorn
+
+from lessons import log_server as lesson
+
+for name, value in {constants!r}.items():
+    assert hasattr(lesson, name), name
+    setattr(lesson, name, value)
+
+write_words = lesson.write_words
+
+
+async def write_or_fail(stream, request):
+    if request == "fail":
+        raise ValueError("as asked")
+    await write_words(stream, request)
+
+
+lesson.write_words = write_or_fail
+uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
+"""
+
+
+def program(**constants: object) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.format(constants=constants)]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Server]:
+    with running(COMMAND) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Server) -> Iterator[Server]:
+    """The lesson. It must come through the test without a traceback."""
+    yield shared
+    assert "Traceback" not in shared.log, shared.log
+
+
+class Consumer:
+    """A consumer, and the status that it got first."""
+
+    def __init__(self, websocket: ClientConnection) -> None:
+        self.websocket = websocket
+        self.status: dict[str, Any] = {}
+
+    async def frame(self) -> dict[str, Any]:
+        frame: dict[str, Any] = json.loads(await receive(self.websocket))
+        return frame
+
+    async def events(self, count: int) -> list[tuple[int, object]]:
+        frames = [await self.frame() for _ in range(count)]
+        return [(frame["offset"], frame["payload"]) for frame in frames]
+
+
+@asynccontextmanager
+async def consumer(
+    server: Server, stream: str, after: str | None = None, **options: object
+) -> AsyncIterator[Consumer]:
+    query = "" if after is None else f"?after={after}"
+    async with client(server, f"/ws/{stream}/consumer{query}", **options) as websocket:
+        found = Consumer(websocket)
+        if server.get("/stats")[0] == 200:  # not the naive version
+            found.status = await found.frame()
+            assert found.status.keys() == {"epoch", "first", "next", "recovered"}
+        yield found
+
+
+async def produce(server: Server, stream: str, payloads: list[str]) -> None:
+    async with client(server, f"/ws/{stream}/producer") as producer:
+        write(producer, payloads)
+        for payload in payloads:
+            assert await receive(producer) == payload
+
+
+def request(server: Server, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+        connection.request(method, path, json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def start_job(server: Server, text: str) -> str:
+    status, answer = request(server, "POST", "/jobs", text, **{"Content-Type": "application/json"})
+    assert status == 200, answer
+    stream: str = answer["stream"]
+    return stream
+
+
+# The caveats
+
+
+async def check_nothing_is_lost_between_replay_and_live_events(server: Server) -> None:
+    """While old events are still on their way to a consumer, new ones come."""
+    old = numbered(200, 50_000)
+    await produce(server, "late", old)
+    async with consumer(server, "late", "0", sock=narrow(server), max_queue=1) as slow:
+        await produce(server, "late", ['"new"'])
+        got = [offset for offset, _ in await slow.events(len(old))]
+        assert got == list(range(1, 201))
+        await produce(server, "late", ['"newer"'])
+        assert await slow.events(1) == [(201, "new")], "lost"
+
+
+async def check_a_restart_is_noticed(command: list[str]) -> None:
+    """After a restart, offsets begin again. A consumer that resumes gets every event of the new log."""
+    number = free_port()
+    with running(command, number) as server:
+        await produce(server, "a", numbered(5))
+        async with consumer(server, "a", "0") as first:
+            await first.events(5)
+            epoch = first.status.get("epoch", "")
+        server.interrupt()
+        assert server.ends_within(2) is not None
+    with running(command, number) as server:
+        await produce(server, "a", numbered(7))
+        async with consumer(server, "a", f"{epoch}:5") as second:
+            await produce(server, "a", ['"last"'])
+            assert (await second.events(1))[0][0] == 1, "lost"
+            assert len(await second.events(7)) == 7
+            assert not second.status["recovered"]
+
+
+async def check_a_consumer_that_has_seen_nothing_can_resume(server: Server) -> None:
+    async with consumer(server, "empty") as first:
+        status = first.status
+    await produce(server, "empty", numbered(2))
+    assert status, "it cannot know where it was"
+    async with consumer(server, "empty", f"{status['epoch']}:{status['next'] - 1}") as second:
+        assert second.status["recovered"]
+        assert await second.events(2) == [(1, "0"), (2, "1")]
+
+
+async def check_a_slow_consumer_gets_everything_that_is_kept(server: Server) -> None:
+    """300 large events come while a consumer does not read."""
+    payloads = numbered(300, 50_000)
+    async with consumer(server, "slow", sock=narrow(server), max_queue=1) as slow:
+        await produce(server, "slow", payloads)
+        for expected in range(1, 302):
+            if expected == 50:
+                await produce(server, "slow", ['"last"'])
+            frame = await slow.frame()
+            assert frame.get("offset") == expected, "lost"
+
+
+async def check_a_job_outlives_its_consumers(server: Server) -> None:
+    """A consumer that left in the middle comes back, and gets the rest of the words and the end."""
+    words = [f"word{number}" for number in range(20)]
+    stream = start_job(server, " ".join(words))
+    expected = list(enumerate(["You", "asked:", *words], 1))
+    async with consumer(server, stream, "0") as first:
+        assert await first.events(3) == expected[:3]
+        epoch = first.status.get("epoch", "")
+    await asyncio.sleep(1.3)  # the job takes 1.1 s; if this is too short, the rest comes live
+    async with consumer(server, stream, f"{epoch}:3") as second:
+        got = await second.events(len(expected) - 3)
+        assert got == expected[3:], "not where it left off"
+        assert await second.frame() == {"end": "done"}
+        await second.websocket.wait_closed()
+        assert second.websocket.close_code == 1000
+
+
+CHECKS = [
+    check_nothing_is_lost_between_replay_and_live_events,
+    check_a_consumer_that_has_seen_nothing_can_resume,
+    check_a_slow_consumer_gets_everything_that_is_kept,
+    check_a_job_outlives_its_consumers,
+]
+FAULTS = ["lost", "it cannot know where it was", "lost", "not where it left off"]
+Check = Callable[[Server], Awaitable[None]]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+async def test_the_lesson_passes(server: Server, check: Check) -> None:
+    await check(server)
+
+
+@pytest.mark.parametrize(("check", "fault"), list(zip(CHECKS, FAULTS, strict=True)))
+async def test_the_naive_version_fails(check: Check, fault: str) -> None:
+    with running(NAIVE) as naive, fails(fault):
+        await check(naive)
+
+
+async def test_a_restart_is_noticed() -> None:
+    await check_a_restart_is_noticed(COMMAND)
+
+
+async def test_the_naive_version_does_not_notice_a_restart() -> None:
+    with fails("lost"):
+        await check_a_restart_is_noticed(NAIVE)
+
+
+# Resuming
+
+
+async def test_without_after_there_are_only_new_events(server: Server) -> None:
+    await produce(server, "new", numbered(3))
+    async with consumer(server, "new") as taker:
+        assert (taker.status["first"], taker.status["next"], taker.status["recovered"]) == (1, 4, True)
+        await produce(server, "new", ['{ "a" : 1 }'])
+        assert await receive(taker.websocket) == '{"offset": 4, "payload": { "a" : 1 }}'
+
+
+async def test_every_consumer_gets_every_event_once_in_order(server: Server) -> None:
+    """Consumers come at any time while a producer sends ahead, and each gets all events."""
+
+    async def follow() -> None:
+        async with consumer(server, "busy", "0") as taker:
+            assert [offset for offset, _ in await taker.events(900)] == list(range(1, 901))
+
+    async with asyncio.TaskGroup() as group:
+        for start in range(0, 900, 100):
+            group.create_task(follow())
+            await produce(server, "busy", numbered(100, start=start))
+
+
+@pytest.mark.parametrize("after", ["", "x", "1:2:x", "0x1", ":"])
+async def test_a_bad_offset_is_refused(server: Server, after: str) -> None:
+    async with client(server, f"/ws/bad/consumer?after={after}") as websocket:
+        await websocket.wait_closed()
+        assert websocket.close_code == 1008
+        assert websocket.close_reason == "`after` must be EPOCH:OFFSET or 0"
+
+
+@pytest.mark.parametrize("after", ["other:2", "{epoch}:99", "{epoch}:-5", "2"])
+async def test_an_offset_that_is_not_there_starts_with_the_oldest_event(server: Server, after: str) -> None:
+    await produce(server, "there", ["1"])
+    async with consumer(server, "there", "0") as first:
+        epoch = first.status["epoch"]
+    async with consumer(server, "there", after.format(epoch=epoch)) as second:
+        assert not second.status["recovered"]
+        assert (await second.events(1))[0][0] == second.status["first"]
+
+
+async def test_dropped_events_are_counted() -> None:
+    """A consumer that stops reading is told how many events it missed, in their place."""
+    with running(program(KEEP=10)) as server:
+        payloads = numbered(200, 100_000)
+        async with consumer(server, "a", sock=narrow(server), max_queue=1) as slow:
+            await produce(server, "a", payloads)
+            offset, missed = 1, 0
+            while offset <= 200:
+                frame = await slow.frame()
+                if "missed" in frame:
+                    missed += frame["missed"]
+                    offset += frame["missed"]
+                else:
+                    assert frame["offset"] == offset
+                    offset += 1
+            assert 100 < missed <= 190
+            epoch = slow.status["epoch"]
+        async with consumer(server, "a", "0") as late:
+            assert late.status == {"epoch": epoch, "first": 191, "next": 201, "recovered": False}
+            assert [offset for offset, _ in await late.events(10)] == list(range(191, 201))
+        assert "Traceback" not in server.log
+
+
+async def test_a_consumer_that_does_not_read_delays_nobody_and_costs_no_memory(server: Server) -> None:
+    """While 100 MB pass, the log holds the newest 1,000 events, and nothing for the consumer."""
+    async with (
+        consumer(server, "flood", sock=narrow(server), max_queue=1) as stuck,
+        consumer(server, "flood") as reader,
+    ):
+        payloads = numbered(1000, 20_000)
+        await produce(server, "flood", payloads)
+        assert len(await reader.events(1000)) == 1000
+        before = server.rss()
+        for start in range(1, 5):
+            await produce(server, "flood", payloads)
+            assert (await reader.events(1000))[0][0] == start * 1000 + 1
+        assert server.rss() - before < 30e6
+        await vanish(stuck.websocket)
+
+
+@pytest.mark.parametrize("leave", [vanish, reset, ClientConnection.close])
+async def test_a_departed_consumer_is_noticed(
+    server: Server, leave: Callable[[ClientConnection], Awaitable[None]]
+) -> None:
+    async with consumer(server, "left") as taker:
+        await leave(taker.websocket)
+        await gone(server, {port(taker.websocket)})
+
+
+# Jobs
+
+
+async def test_a_job_can_be_stopped(server: Server) -> None:
+    stream = start_job(server, "word " * 1000)
+    async with consumer(server, stream, "0") as taker:
+        await taker.events(2)
+        assert request(server, "DELETE", f"/jobs/{stream}") == (200, {"stream": stream})
+        with suppress(ConnectionClosed):
+            while "end" not in (frame := await taker.frame()):
+                pass
+        assert frame == {"end": "stopped"}
+        await taker.websocket.wait_closed()
+        assert taker.websocket.close_code == 1000
+    assert request(server, "DELETE", f"/jobs/{stream}")[0] == 404
+    async with client(server, f"/ws/{stream}/producer") as producer:
+        await producer.send("1")
+        await producer.wait_closed()
+        assert (producer.close_code, producer.close_reason) == (1008, "this stream has ended")
+
+
+async def test_a_job_can_fail() -> None:
+    """Its consumers hear of it, the log gets a line, and the server goes on."""
+    with running(program()) as server:
+        stream = start_job(server, "fail")
+        async with consumer(server, stream, "0") as taker:
+            assert await taker.frame() == {"end": "failed"}
+        assert f"{stream} failed: ValueError('as asked')" in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"{", 400), (b"NaN", 400), (b'"' + b"x" * 2**20 + b'"', 413)])
+def test_a_bad_job_is_refused(server: Server, body: bytes, status: int) -> None:
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
+        connection.request("POST", "/jobs", iter([body[:100_000], body[100_000:]]))
+        assert connection.getresponse().status == status
+
+
+# Server-sent events
+
+
+@asynccontextmanager
+async def event_source(server: Server, path: str, *headers: str) -> AsyncIterator[asyncio.StreamReader]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", *headers, "", ""]
+    writer.write("\r\n".join(lines).encode())
+    try:
+        async with asyncio.timeout(6 * TIMEOUT):
+            yield reader
+    finally:
+        writer.close()
+
+
+async def test_an_event_source_gets_the_same_and_resumes(server: Server) -> None:
+    """Each event has an id, which a browser sends when it reconnects. Line separators survive."""
+    await produce(server, "sse", ['{ "a":\n1 }', '"\u2028"'])
+    async with consumer(server, "sse") as taker:
+        epoch = taker.status["epoch"]
+    async with event_source(server, "/streams/sse?after=0") as source:
+        text = (await source.readuntil(b"id: " + epoch.encode() + b":2\n\n")).decode()
+    assert f'event: start\ndata: {{"epoch": "{epoch}", "first": 1, "next": 3, "recovered": true}}\n' in text
+    assert f"id: {epoch}:0\n\n" in text
+    assert f'data: {{ "a":\ndata: 1 }}\nid: {epoch}:1\n\n' in text
+    assert f'data: "\u2028"\nid: {epoch}:2\n\n' in text
+    async with event_source(server, "/streams/sse?after=0", f"Last-Event-ID: {epoch}:1") as source:
+        text = (await source.readuntil(f"id: {epoch}:2\n\n".encode())).decode()
+    assert '"recovered": true' in text
+    assert f"id: {epoch}:1\n\ndata: " not in text.partition("event: start")[2].partition("\n\n")[2]
+
+
+async def test_an_event_source_hears_the_end(server: Server) -> None:
+    stream = start_job(server, "two words")
+    async with event_source(server, f"/streams/{stream}?after=0") as source:
+        text = (await source.readuntil(b'event: end\ndata: "done"\n\n')).decode()
+        assert text.count("data: ") == 6
+        await source.readuntil(b"\r\n0\r\n\r\n")
+
+
+async def test_an_event_source_that_leaves_is_noticed(server: Server) -> None:
+    before = server.connections()
+    async with event_source(server, "/streams/short-visit") as source:
+        await source.readuntil(b"event: start")
+    await until(lambda: server.connections() <= before, "the connection to end")
+
+
+# Limits
+
+
+async def test_a_stream_too_many_is_refused_until_one_expires() -> None:
+    with running(program(MAX_STREAMS=2, EXPIRE=0.5)) as server:
+        await produce(server, "unused", ["1"])
+        async with consumer(server, "used") as taker:
+            async with client(server, "/ws/third/consumer") as refused:
+                await refused.wait_closed()
+            assert (refused.close_code, refused.close_reason) == (
+                1013,
+                "there are too many streams: try again later",
+            )
+            assert request(server, "GET", "/streams/third")[0] == 503
+            assert request(server, "POST", "/jobs", "words")[0] == 503
+
+            def streams() -> set[str]:
+                found: set[str] = set(request(server, "GET", "/stats")[1]["streams"])
+                return found
+
+            assert streams() == {"unused", "used"}
+            await asyncio.sleep(0.6)
+            await produce(server, "third", ["1"])
+            assert streams() == {"used", "third"}
+            await produce(server, "used", ["1"])
+            assert await taker.events(1) == [(1, 1)]
+
+
+@pytest.mark.parametrize("path", ["/ws/a%20b/consumer", "/ws/a/b/producer", "/ws//consumer"])
+async def test_a_bad_name_is_refused_before_the_handshake(server: Server, path: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        async with client(server, path):
+            pass
+    assert refused.value.response.status_code == 404
+    assert request(server, "GET", "/streams/a%20b")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"), [("{", 1007), ("NaN", 1007), (b"1", 1003), (json.dumps("x" * 2**20), 1009)]
+)
+async def test_bad_input_is_refused(server: Server, payload: str | bytes, code: int) -> None:
+    async with client(server, "/ws/input/producer") as producer:
+        await producer.send("1")
+        assert await receive(producer) == "1"
+        await producer.send(payload)
+        await producer.wait_closed()
+        assert producer.close_code == code
+    async with consumer(server, "input", "0") as taker:
+        assert (await taker.events(1))[0][1] == 1
+
+
+async def test_a_foreign_page_is_refused(server: Server) -> None:
+    for path in ("/ws/a/producer", "/ws/a/consumer"):
+        with pytest.raises(InvalidStatus):
+            async with client(server, path, origin="http://evil.example"):
+                pass
+    for method, path in (("POST", "/jobs"), ("DELETE", "/jobs/job-1"), ("GET", "/streams/a")):
+        assert request(server, method, path, "x", Origin="http://evil.example")[0] == 403
+
+
+# The end
+
+
+@pytest.mark.parametrize("options", [["--timeout-graceful-shutdown", "1"], []], ids=["limit", "no limit"])
+async def test_ctrl_c_ends_everything(options: list[str]) -> None:
+    """Consumers get 1012, and the responses to an EventSource end, even without a time limit."""
+    command = [*COMMAND[:4], *options, "--port"]
+    with running(command) as server:
+        stream = start_job(server, "word " * 1000)
+        async with (
+            consumer(server, stream, "0") as taker,
+            consumer(server, "quiet") as quiet,
+            event_source(server, "/streams/quiet") as source,
+            event_source(server, f"/streams/{stream}?after=0") as busy,
+        ):
+            await taker.events(2)
+            await source.readuntil(b"event: start")
+            await busy.readuntil(b"event: start")
+            server.interrupt()
+            for websocket in (taker.websocket, quiet.websocket):
+                await websocket.wait_closed()
+                assert websocket.close_code == 1012
+            assert (await source.read()).endswith(b"0\r\n\r\n")
+            assert b"event: end" not in await busy.read()
+            assert server.ends_within(2) is not None
+        assert "Traceback" not in server.log

@@ -1,0 +1,115 @@
+"""web/log.html in a real browser: a job goes on while the tab is closed, and its words are there later."""
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+
+from tests.harness import TIMEOUT, Server, running, uvicorn_command
+from tests.test_playground import CHROMIUM, CONTRAST, FLAGS
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(
+        CHROMIUM is None and "CI" not in os.environ,
+        reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
+    ),
+]
+QUESTION = " ".join(f"word{number}" for number in range(30))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(uvicorn_command("lessons.log_server:app")) as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    assert CHROMIUM, "no browser: CI has to install one"
+    expect.set_options(timeout=1000 * TIMEOUT)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    context = await browser.new_context(viewport={"width": 360, "height": 740})
+    yield context
+    await context.close()
+
+
+async def opened(context: BrowserContext, server: Server) -> tuple[Page, list[str]]:
+    """Open the page. Returns what its console says, too."""
+    page = await context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    await page.goto(server.url("/", "http"))
+    return page, problems
+
+
+async def start(page: Page, question: str) -> None:
+    await page.get_by_label("Your question").fill(question)
+    await page.get_by_role("button", name="Start a job").click()
+
+
+async def test_a_job_goes_on_while_the_tab_is_closed(context: BrowserContext, server: Server) -> None:
+    """The next tab shows the whole answer, over both transports, and marks what is new."""
+    page, problems = await opened(context, server)
+    await start(page, QUESTION)
+    await expect(page.locator("#websocket")).to_contain_text("word1")
+    await expect(page.locator("#source")).to_contain_text("word1")
+    await page.close()
+    page, more = await opened(context, server)
+    for pane in ("#websocket", "#source"):
+        await expect(page.locator(f"{pane}-state")).to_have_text("The job has ended: done")
+        assert (await page.locator(pane).inner_text()).split() == ["You", "asked:", *QUESTION.split()]
+        await expect(page.locator(f"{pane} mark").last).to_have_text("word29")
+        await expect(page.locator(f"{pane} span").first).to_have_text("You")
+    assert problems + more == []
+
+
+async def test_a_job_can_be_stopped(context: BrowserContext, server: Server) -> None:
+    page, problems = await opened(context, server)
+    await start(page, "<b>word</b> " * 1000)
+    await expect(page.locator("#source")).to_contain_text("<b>word</b> <b>word</b>")
+    await page.get_by_role("button", name="Stop it").click()
+    await expect(page.locator("#news")).to_have_text("The job has ended: stopped")
+    assert problems == []
+
+
+async def test_a_job_that_the_server_has_lost(context: BrowserContext) -> None:
+    """After a restart, the page reconnects, and says that the job is gone."""
+    command = uvicorn_command("lessons.log_server:app")
+    with running(command) as first:
+        page, _ = await opened(context, first)
+        await start(page, "word " * 1000)
+        await expect(page.locator("#websocket")).to_contain_text("word")
+        first.interrupt()
+        assert first.ends_within(2) is not None
+        await expect(page.locator("#websocket-state")).to_have_text(
+            re.compile("closed with .*; trying again")
+        )
+        with running(command, first.port):
+            await expect(page.locator("#news")).to_have_text(
+                "The server no longer has this job. Start another one."
+            )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_is_readable(browser: Browser, server: Server, scheme: str) -> None:
+    """No text has too little contrast, and nothing is wider than a phone."""
+    context = await browser.new_context(color_scheme=scheme, viewport={"width": 360, "height": 740})  # type: ignore[arg-type]
+    page, _ = await opened(context, server)
+    await start(page, "two words")
+    await expect(page.locator("#source-state")).to_have_text("The job has ended: done")
+    assert (await page.evaluate(CONTRAST))[0] == []
+    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    await context.close()

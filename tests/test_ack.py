@@ -1,4 +1,4 @@
-"""Acknowledgements: what a consumer has not settled when its connection ends comes again; none is lost."""
+"""Acknowledgements: what a consumer has not acknowledged when its connection ends is redelivered."""
 
 import asyncio
 import random
@@ -131,7 +131,7 @@ async def test_a_prefetch_that_is_none_is_refused(server: Server, prefetch: str)
 
 
 async def test_an_acknowledgement_of_nothing_is_refused(server: Server) -> None:
-    """With 1008: a client that counts wrongly hears of it before it settles what it never had."""
+    """With 1008: a client that counts wrongly hears of it before it acknowledges what it never had."""
     await check_forbidden(server, "ack", unsettled=0)
 
 
@@ -146,7 +146,7 @@ async def test_two_acknowledgements_of_one_payload_are_refused(server: Server) -
     await check_nothing_comes_again(server)
 
 
-async def test_stats_count_what_waits_and_not_what_is_unsettled(server: Server) -> None:
+async def test_stats_count_what_waits_and_not_what_is_unacknowledged(server: Server) -> None:
     """A payload is queued until it is sent, and again when it comes back."""
     async with consumer(server, 3) as taker:
         await produce(server, numbered(5))
@@ -163,8 +163,8 @@ async def test_stats_count_what_waits_and_not_what_is_unsettled(server: Server) 
 
 
 @ways
-async def test_what_is_unsettled_goes_back_to_the_front(server: Server, way: Leaving) -> None:
-    """However the connection ends: in its old order, before what is newer. What is settled does not."""
+async def test_unacknowledged_payloads_go_back_to_the_front(server: Server, way: Leaving) -> None:
+    """However the connection ends: in its old order, before what is newer. Acknowledged ones do not."""
     payloads = numbered(30)
     async with consumer(server, 10) as taker:
         await produce(server, payloads[:20])
@@ -177,7 +177,7 @@ async def test_what_is_unsettled_goes_back_to_the_front(server: Server, way: Lea
 
 
 @ways
-async def test_what_is_unsettled_goes_to_a_consumer_that_waits(server: Server, way: Leaving) -> None:
+async def test_unacknowledged_payloads_go_to_a_consumer_that_waits(server: Server, way: Leaving) -> None:
     """It need not wait for a new payload or a new consumer."""
     payloads = numbered(10)
     async with consumer(server, 10) as one:
@@ -214,7 +214,7 @@ async def test_what_two_consumers_left_comes_in_its_old_order(server: Server, fi
 
 
 async def test_it_comes_back_as_often_as_it_has_to(server: Server) -> None:
-    """After 20 consumers that settled one payload each and left."""
+    """After 20 consumers that acknowledged one payload each and left."""
     payloads = numbered(40)
     await produce(server, payloads)
     for number in range(20):
@@ -300,9 +300,9 @@ async def test_a_consumer_that_reads_slowly_is_not_given_up(command: list[str]) 
 
 
 async def test_consumers_killed_under_load_lose_nothing(command: list[str]) -> None:
-    """Three client processes with 64 payloads each, one killed after the other: each payload is settled.
+    """Three client processes with 64 payloads each, one killed after the other: each payload is acknowledged.
 
-    Twice comes only what a killed one had not settled, so none but the last 64 that it printed.
+    Only what a killed one had not acknowledged comes twice: none but the last 64 that it printed.
     """
     rng = random.Random(1)
     echoed: list[str] = []
@@ -348,10 +348,10 @@ async def test_consumers_killed_under_load_lose_nothing(command: list[str]) -> N
 
             await until(lambda: server.queued() == 0 and not missing(), f"the rest: {missing()}")
             times = Counter(payload for script in [*killed, *scripts] for payload in script.lines)
-            unsettled = {payload for script in killed for payload in script.lines[-64:]}
+            unacknowledged = {payload for script in killed for payload in script.lines[-64:]}
         assert "Traceback" not in server.log
     assert len(echoed) > 1000
-    assert {payload for payload in times if times[payload] > 1} <= unsettled
+    assert {payload for payload in times if times[payload] > 1} <= unacknowledged
 
 
 async def test_a_killed_consumer_takes_nothing_with_it(command: list[str]) -> None:
@@ -360,7 +360,7 @@ async def test_a_killed_consumer_takes_nothing_with_it(command: list[str]) -> No
         await check_a_killed_consumer_takes_nothing(server)
 
 
-async def test_the_client_settles_what_it_has_printed(server: Server) -> None:
+async def test_the_client_acknowledges_what_it_has_printed(server: Server) -> None:
     """`ws_consumer_client.py --ack` prints three payloads, and they never come again."""
     await produce(server, numbered(5))
     with closing(Script(server.url(CONSUMER), "--ack", "--count", "3")) as script:
@@ -430,7 +430,7 @@ async def test_room_is_neither_lost_nor_made(server: Server) -> None:
 # The end
 
 
-async def test_what_is_unsettled_at_the_end_is_counted(fresh: Server) -> None:
+async def test_unacknowledged_payloads_are_counted_at_the_end(fresh: Server) -> None:
     """Ctrl+C: what consumers have not acknowledged was still queued; they are told with 1012."""
     payloads = numbered(30)
     async with consumer(fresh, 10) as one, consumer(fresh, 5) as other:

@@ -7,7 +7,8 @@
 Run `python lessons/ack_server.py`, and in two more terminals `python ws_consumer_client.py --ack`
 and `python ws_producer_client.py`. The consumer acknowledges each payload once it is done with it.
 When its connection ends, the server redelivers what it has not acknowledged. Each payload arrives
-at least once: it may arrive twice, and it is lost only if the server stops.
+at least once: it may arrive twice, and it is lost only if the server stops. A payload on which
+MAX_DELIVERIES consumers have failed is set aside: see `GET /dead`.
 """
 
 import asyncio
@@ -21,13 +22,22 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import uvicorn
-from fastapi import Depends, FastAPI, Query, WebSocket, WebSocketDisconnect, WebSocketException
+from fastapi import (
+    Depends,
+    FastAPI,
+    HTTPException,
+    Query,
+    WebSocket,
+    WebSocketDisconnect,
+    WebSocketException,
+)
 from fastapi.exceptions import WebSocketRequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
+from starlette.requests import HTTPConnection
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -36,6 +46,10 @@ CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in a row before the others get a turn
+MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
+# Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
+# connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
+ON_PURPOSE = (1000, 1001, 1012)
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
 SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
@@ -43,30 +57,48 @@ Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 
+class Entry(NamedTuple):
+    """A payload in the queue. The lowest number comes out first."""
+
+    number: int
+    payload: str
+    takes_space: bool = False
+    deliveries: int = 0  # consumers that have failed on it
+
+
 class Unacknowledged:
     """The payloads that a consumer has and did not acknowledge yet, oldest first."""
 
     def __init__(self, prefetch: int) -> None:
-        self.payloads: deque[tuple[int, str]] = deque()
+        self.entries: deque[Entry] = deque()
         self.room = asyncio.Semaphore(prefetch)
         self.sending_since = math.inf  # seconds, as time.monotonic() counts them
 
     def acknowledge(self) -> None:
         """Forget the oldest payload, and let the consumer have another one."""
-        self.payloads.popleft()
+        self.entries.popleft()
         self.room.release()
+
+    def blame(self) -> None:
+        """Count a failure of the consumer against the payload on which it was working."""
+        # Acknowledgements come in order, so that is the oldest payload, if it was sent at all.
+        was_sent = len(self.entries) > 1 or self.sending_since == math.inf
+        if self.entries and was_sent:
+            oldest = self.entries.popleft()
+            self.entries.appendleft(oldest._replace(deliveries=oldest.deliveries + 1))
 
 
 class Channel:
     """A bounded queue, first in, first out, that redelivers what is not acknowledged."""
 
     def __init__(self, capacity: int) -> None:
-        # The lowest number comes out first, so a payload that goes back is the next one out.
-        self.queue: asyncio.PriorityQueue[tuple[int, str, bool]] = asyncio.PriorityQueue()
+        # A payload that goes back keeps its number, so it is the next one out.
+        self.queue: asyncio.PriorityQueue[Entry] = asyncio.PriorityQueue()
         self.numbers = itertools.count()
         # A payload takes up space until a consumer gets it. If it comes back, it takes up none,
         # because there may be none by then.
         self.space = asyncio.Semaphore(capacity)
+        self.dead: list[Entry] = []
 
     def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""
@@ -80,7 +112,7 @@ class Channel:
                 await self.space.acquire()
         else:
             await self.space.acquire()
-        self.queue.put_nowait((next(self.numbers), payload, True))
+        self.queue.put_nowait(Entry(next(self.numbers), payload, takes_space=True))
 
     async def deliver(
         self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
@@ -88,22 +120,36 @@ class Channel:
         """Call `handle` with each payload, as long as the consumer has room for it."""
         for taken in itertools.count(1):
             await unacknowledged.room.acquire()
-            number, payload, takes_space = await self.queue.get()
+            entry = await self.queue.get()
             # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
-            unacknowledged.payloads.append((number, payload))
-            if takes_space:
-                self.space.release()
             unacknowledged.sending_since = time.monotonic()
-            await handle(payload)
+            unacknowledged.entries.append(entry)
+            if entry.takes_space:
+                self.space.release()
+            await handle(entry.payload)
             unacknowledged.sending_since = math.inf
             # While there are payloads, nothing above pauses: let the other consumers run.
             if taken % BURST == 0:
                 await asyncio.sleep(0)
 
     def redeliver(self, unacknowledged: Unacknowledged) -> None:
-        """Put unacknowledged payloads back at the front of the queue, in their old order."""
-        for number, payload in unacknowledged.payloads:
-            self.queue.put_nowait((number, payload, False))
+        """Put unacknowledged payloads back at the front of the queue, in their old order.
+
+        Set a payload aside if too many consumers have failed on it.
+        """
+        for entry in unacknowledged.entries:
+            if entry.deliveries < MAX_DELIVERIES:
+                self.queue.put_nowait(entry._replace(takes_space=False))
+            else:
+                self.dead.append(entry)
+                log.warning("set aside after %d deliveries: %.80s", entry.deliveries, entry.payload)
+
+    def retry(self) -> int:
+        """Put the dead letters back into the queue, and count them."""
+        dead, self.dead = self.dead, []
+        for entry in dead:
+            self.queue.put_nowait(Entry(entry.number, entry.payload))
+        return len(dead)
 
 
 @asynccontextmanager
@@ -116,12 +162,14 @@ app = FastAPI(lifespan=lifespan)
 channel = Channel(CAPACITY)
 
 
-async def same_origin(websocket: WebSocket) -> None:
+async def same_origin(connection: HTTPConnection) -> None:
     """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
-    origin = websocket.headers.get("origin")
-    host = websocket.headers.get("host")
+    origin = connection.headers.get("origin")
+    host = connection.headers.get("host")
     if origin not in (None, f"http://{host}", f"https://{host}"):
         reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        if connection.scope["type"] == "http":
+            raise HTTPException(403, reason)
         raise WebSocketException(1008, reason)
 
 
@@ -187,13 +235,15 @@ async def watch(unacknowledged: Unacknowledged) -> None:
 
 
 async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
-    """Take acknowledgements until the consumer leaves."""
+    """Take acknowledgements until the consumer leaves. Count it as a failure if it crashed."""
     while (message := await websocket.receive())["type"] != "websocket.disconnect":
         if message.get("text") != "ack":
             raise WebSocketException(1008, "a consumer sends ack, and nothing else")
-        if not unacknowledged.payloads:
+        if not unacknowledged.entries:
             raise WebSocketException(1008, "an ack, but there is nothing to acknowledge")
         unacknowledged.acknowledge()
+    if message["code"] not in ON_PURPOSE:
+        unacknowledged.blame()
 
 
 @app.websocket("/ws/consumer", dependencies=[Depends(same_origin)])
@@ -213,6 +263,7 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
                 watcher.cancel()
         except* WebSocketException as refusals:
             refusal = refusals.exceptions[0]
+            unacknowledged.blame()
         finally:
             channel.redeliver(unacknowledged)
     if refusal:
@@ -221,7 +272,21 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
-    return {"queued": channel.qsize(), "capacity": CAPACITY, "acks": True}
+    queued, dead = channel.qsize(), len(channel.dead)
+    return {"queued": queued, "capacity": CAPACITY, "acks": True, "dead": dead}
+
+
+@app.get("/dead", dependencies=[Depends(same_origin)])
+async def dead() -> list[dict[str, Any]]:
+    """List the dead letters, oldest first, at most 100."""
+    oldest = sorted(channel.dead)[:100]
+    return [{"payload": entry.payload, "deliveries": entry.deliveries} for entry in oldest]
+
+
+@app.post("/dead/retry", dependencies=[Depends(same_origin)])
+async def retry() -> dict[str, int]:
+    """Put the dead letters back into the queue."""
+    return {"retried": channel.retry()}
 
 
 @app.get("/")

@@ -249,16 +249,16 @@ async def check_a_producer_leaves_without_a_traceback(server: Server, ways: list
     assert "Traceback" not in log, f"a traceback after a producer left:\n{log}"
 
 
-async def check_forbidden(server: Server, saying: str | bytes | list[str], unsettled: int) -> None:
-    """It ends the connection with 1008, a reason and a line in the log; what was unsettled comes again.
+async def check_forbidden(server: Server, saying: str | bytes | list[str], unacknowledged: int) -> None:
+    """It ends the connection with 1008, a reason and a line in the log; what was unacknowledged comes again.
 
     Others notice nothing, whatever the offender says then.
     """
     payloads = [str(number) for number in range(5)]
     mark = len(server.log)
     async with client(server, CONSUMER + "?prefetch=3") as offender:
-        await produce(server, payloads[:unsettled])
-        for payload in payloads[:unsettled]:
+        await produce(server, payloads[:unacknowledged])
+        for payload in payloads[:unacknowledged]:
             assert await receive(offender) == payload
         with suppress(ConnectionClosed):
             for _ in range(10):
@@ -273,8 +273,8 @@ async def check_forbidden(server: Server, saying: str | bytes | list[str], unset
     lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
     assert len(lines) == 1
     assert f"closed with 1008: {offender.close_reason}" in lines[0]
-    await produce(server, payloads[unsettled:])
-    await until(lambda: server.queued() == len(payloads), "what was unsettled to come back")
+    await produce(server, payloads[unacknowledged:])
+    await until(lambda: server.queued() == len(payloads), "what was unacknowledged to come back")
     assert await drain(server) == payloads
 
 

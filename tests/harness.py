@@ -20,7 +20,7 @@ from functools import cache, cached_property
 from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 from websockets.asyncio.client import ClientConnection, connect
@@ -276,6 +276,22 @@ class Server:
             return response.status, response.getheader("content-type", ""), response.read().decode()
         finally:
             connection.close()
+
+    def post(self, path: str) -> Any:
+        """Post nothing, and return the JSON of the answer."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
+        try:
+            connection.request("POST", path)
+            response = connection.getresponse()
+            assert response.status == 200, f"POST {path}: {response.status}"
+            return json.loads(response.read())
+        finally:
+            connection.close()
+
+    def retry(self) -> int:
+        """Put dead letters back into the queue. Returns how many."""
+        count: int = self.post("/dead/retry")["retried"]
+        return count
 
     def stats(self) -> dict[str, int]:
         status, _, body = self.get("/stats")

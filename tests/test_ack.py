@@ -132,7 +132,7 @@ async def test_a_prefetch_that_is_none_is_refused(server: Server, prefetch: str)
 
 async def test_an_acknowledgement_of_nothing_is_refused(server: Server) -> None:
     """With 1008: a client that counts wrongly hears of it before it acknowledges what it never had."""
-    await check_forbidden(server, "ack", unsettled=0)
+    await check_forbidden(server, "ack", unacknowledged=0)
 
 
 async def test_two_acknowledgements_of_one_payload_are_refused(server: Server) -> None:
@@ -420,6 +420,10 @@ async def test_room_is_neither_lost_nor_made(server: Server) -> None:
         async with consumer(server, 20) as taker:
             assert [await receive(taker.websocket) for _ in range(20)] == numbered(20)
             await WAYS[number % len(WAYS)](taker.websocket)
+        if "dead" in server.stats():
+            # The consumers that crashed had not acknowledged the first payload, so it is set aside at last.
+            await until(lambda: server.queued() + server.stats()["dead"] == 20, "20 payloads")
+            server.retry()
         await queued(server, 20)
     assert await drain(server) == numbered(20)
     assert await fill(server) == server.capacity

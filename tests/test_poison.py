@@ -1,0 +1,179 @@
+"""Poison messages: a payload that crashes every consumer is set aside, and only that payload."""
+
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from http.client import HTTPConnection
+
+import pytest
+from websockets.asyncio.client import ClientConnection
+
+from lessons import ack_server
+from tests.harness import (
+    Script,
+    Server,
+    consumer,
+    drain,
+    numbered,
+    produce,
+    receive,
+    reset,
+    running,
+    until,
+    vanish,
+)
+
+MAX_DELIVERIES = 5
+POISON = ["ack_server.py"]
+pytestmark = pytest.mark.parametrize("command", POISON, indirect=True)
+Leave = Callable[[ClientConnection], Awaitable[None]]
+
+
+async def fail(websocket: ClientConnection) -> None:
+    """Leave as a program that raises an exception inside `async with connect(...)`."""
+    await websocket.close(1011)
+
+
+async def send_nonsense(websocket: ClientConnection) -> None:
+    await websocket.send("nack")
+    await websocket.wait_closed()
+
+
+async def close(websocket: ClientConnection) -> None:
+    await websocket.close()
+
+
+async def go_away(websocket: ClientConnection) -> None:
+    await websocket.close(1001)
+
+
+def dead(server: Server) -> list[dict[str, object]]:
+    letters: list[dict[str, object]] = json.loads(server.get("/dead")[2])
+    return letters
+
+
+async def crash(server: Server, leave: Leave, expected: str, prefetch: int = 1) -> None:
+    """Connect a consumer that gets this payload first, and crashes on it."""
+    before = server.queued() + server.stats()["dead"]
+    async with consumer(server, prefetch) as taker:
+        assert await receive(taker.websocket) == expected
+        await leave(taker.websocket)
+    await until(lambda: server.queued() + server.stats()["dead"] == before, "the payload to come back")
+
+
+@pytest.mark.parametrize("leave", [vanish, reset, fail, send_nonsense])
+async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server, leave: Leave) -> None:
+    """After MAX_DELIVERIES deliveries, the next consumer gets the payload behind it."""
+    payloads = ['{"poison": "<b>"}', "1", "2"]
+    await produce(server, payloads)
+    for _ in range(MAX_DELIVERIES):
+        assert dead(server) == []
+        await crash(server, leave, payloads[0])
+    assert dead(server) == [{"payload": payloads[0], "deliveries": MAX_DELIVERIES}]
+    assert server.stats()["dead"] == 1
+    assert await drain(server) == ["1", "2"]
+    assert server.retry() == 1
+    assert dead(server) == []
+    assert await drain(server) == payloads[:1]
+
+
+async def test_payloads_that_were_prefetched_are_not_to_blame(server: Server) -> None:
+    """Each consumer crashes with 100 payloads. Only the oldest is set aside, and the others come in order."""
+    payloads = numbered(100)
+    await produce(server, payloads)
+    for number in range(3):
+        for _ in range(MAX_DELIVERIES):
+            await crash(server, vanish, payloads[number], prefetch=100)
+        assert [letter["payload"] for letter in dead(server)] == payloads[: number + 1]
+    assert await drain(server) == payloads[3:]
+    assert server.retry() == 3
+    assert await drain(server) == payloads[:3]
+
+
+async def test_an_acknowledged_payload_is_not_to_blame(server: Server) -> None:
+    """The consumer was working on the payload behind it."""
+    await produce(server, ["1", "2"])
+    async with consumer(server, 2) as taker:
+        assert await taker.payloads(1) == ["1"]
+        assert await receive(taker.websocket) == "2"
+        await vanish(taker.websocket)
+    await until(lambda: server.queued() == 1, "the payload to come back")
+    for _ in range(MAX_DELIVERIES - 1):
+        assert dead(server) == []
+        await crash(server, vanish, "2")
+    assert [letter["payload"] for letter in dead(server)] == ["2"]
+    server.retry()
+    await drain(server)
+
+
+@pytest.mark.parametrize("leave", [close, go_away])
+async def test_a_consumer_that_leaves_on_purpose_does_not_count(server: Server, leave: Leave) -> None:
+    """It has finished nothing and broken nothing."""
+    await produce(server, ["1"])
+    for _ in range(MAX_DELIVERIES + 2):
+        await crash(server, leave, "1")
+    assert dead(server) == []
+    assert await drain(server) == ["1"]
+
+
+async def test_a_payload_that_was_not_sent_is_not_to_blame(command: list[str]) -> None:
+    """If the oldest payload is still on its way, the consumer cannot be working on it."""
+    unacknowledged = ack_server.Unacknowledged(prefetch=2)
+    unacknowledged.sending_since = time.monotonic()
+    unacknowledged.entries.append(ack_server.Entry(1, "1"))
+    unacknowledged.blame()
+    assert unacknowledged.entries[0].deliveries == 0
+    unacknowledged.entries.append(ack_server.Entry(2, "2"))  # now the second one is on its way
+    unacknowledged.blame()
+    assert [entry.deliveries for entry in unacknowledged.entries] == [1, 0]
+
+
+ONE_DELIVERY = """
+import sys
+
+import uvicorn
+
+from {module} import {name} as lesson
+
+lesson.MAX_DELIVERIES = 1
+uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
+"""
+
+
+async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
+    module, _, name = command[3].partition(":")[0].partition(".")
+    program = [sys.executable, "-c", ONE_DELIVERY.format(module=module, name=name)]
+    with running(program) as server:
+        payloads = numbered(102)
+        await produce(server, payloads)
+        for payload in payloads:
+            await crash(server, vanish, payload)
+        assert server.stats()["dead"] == 102
+        assert [letter["payload"] for letter in dead(server)] == payloads[:100]
+        assert server.retry() == 102
+        assert await drain(server) == payloads
+
+
+async def test_a_foreign_page_can_neither_read_nor_retry_dead_letters(server: Server) -> None:
+    for method, path in (("GET", "/dead"), ("POST", "/dead/retry")):
+        connection = HTTPConnection("127.0.0.1", server.port)
+        connection.request(method, path, headers={"Origin": "http://evil.example"})
+        assert connection.getresponse().status == 403
+        connection.close()
+
+
+async def test_a_script_that_is_killed_again_and_again(server: Server) -> None:
+    """The client of the README prints the poison five times, and then the next payload."""
+    await produce(server, ['"poison"', "1"])
+    for _ in range(MAX_DELIVERIES):
+        script = Script(server.url("/ws/consumer"))
+        try:
+            assert await script.prints(1) == ['"poison"']
+        finally:
+            script.process.kill()
+            script.close()
+    await until(lambda: server.stats()["dead"] == 1, "the poison to be set aside")
+    assert await drain(server) == ["1"]
+    server.retry()
+    await drain(server)

@@ -688,6 +688,12 @@ async def test_chaos_loses_and_doubles_nothing(server: Server, seed: int) -> Non
         await websocket.close()
 
     sent: list[str] = []
+
+    def all_arrived() -> bool:
+        if "dead" in server.stats():
+            server.retry()  # payloads with which five consumers happened to die
+        return len(received) == len(sent)
+
     async with AsyncExitStack() as stack:
         for flow in range(6):
             flows = [
@@ -704,9 +710,7 @@ async def test_chaos_loses_and_doubles_nothing(server: Server, seed: int) -> Non
                         way = rng.choice([close, *ways_to_die]) if server.acks else close
                         group.create_task(leave(rng.choice(list(takers)), way))
                     await asyncio.sleep(rng.uniform(0, 0.01))
-            if "dead" in server.stats():
-                server.retry()  # a payload that five consumers happened to die with
-            await until(lambda: len(received) == len(sent), "all payloads to arrive")
+            await until(all_arrived, "all payloads to arrive")
             dying = rng.sample(list(takers), k=len(takers) * 2 // 3)
             ports = {port(websocket) for websocket in dying}
             for websocket in dying:

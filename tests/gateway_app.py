@@ -23,10 +23,10 @@ os.environ["UPSTREAM"] = f"ws://127.0.0.1:{PORT}"  # which the lesson reads when
 from lessons.gateway_server import app as gateway  # noqa: E402
 
 
-def get(path: str) -> Response:
+def ask(path: str, method: str = "GET") -> Response:
     connection = HTTPConnection("127.0.0.1", PORT)
     try:
-        connection.request("GET", path)
+        connection.request(method, path)
         answer = connection.getresponse()
         headers = {name: value for name in HEADERS if (value := answer.getheader(name))}
         return Response(answer.read(), answer.status, headers)
@@ -42,7 +42,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
     def answers() -> bool:
         with suppress(OSError):
-            return bool(get("/"))
+            return bool(ask("/"))
         return False
 
     await until(answers, "the server behind the gateway")
@@ -57,7 +57,12 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/")
 @app.get("/stats")
 def page(request: Request) -> Response:
-    return get(request.url.path)
+    return ask(request.url.path)
+
+
+@app.post("/dead/retry")
+def retry(request: Request) -> Response:
+    return ask(request.url.path, "POST")
 
 
 app.mount("/", gateway)

@@ -1,4 +1,4 @@
-"""A door as tutorials write it: the token is in the URL, and looked at once. See lessons/auth_server.py."""
+"""Authentication as tutorials show it: the token is in the URL. See lessons/auth_server.md."""
 
 import os
 import time

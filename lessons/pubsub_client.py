@@ -177,9 +177,10 @@ class PubSubClient:
 def show(message: Message) -> None:
     try:
         print(json.dumps(message, ensure_ascii=False), flush=True)
-    except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit()
+    except BrokenPipeError:
+        # The reader of our output has left, as in `| head -1`. In a task of asyncio, sys.exit() is not
+        # clean: Python 3.14 prints what it interrupts.
+        os._exit(0)
 
 
 async def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing
 from http.client import HTTPConnection
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from tests.harness import (
     receive,
     receive_all,
     running,
+    until,
     uvicorn_command,
     write,
 )
@@ -276,7 +277,7 @@ async def test_stats_need_a_token_and_the_page_does_not(door: Server) -> None:
 
 
 async def test_a_first_message_that_is_no_token() -> None:
-    """A binary one, or none in time, closes with 1008. A client may also leave without a word."""
+    """A binary one, or none in time, closes with 1008, as does one that expires later."""
     with running([sys.executable, "-c", IMPATIENT], env={"SECRET_KEY": KEY}) as server:
         for path in SCOPES:
             async with client(server, path, **pair()) as binary, client(server, path, **pair()) as silent:
@@ -288,6 +289,10 @@ async def test_a_first_message_that_is_no_token() -> None:
                 await silent.wait_closed()
                 assert silent.close_code == 1008
                 assert silent.close_reason == "no token came within 0.3 s"
+            async with client(server, path, **pair()) as short:
+                await short.send(token(lasts=0.5))
+                await short.wait_closed()
+                assert (short.close_code, short.close_reason) == (1008, "the token has expired")
         assert "Traceback" not in server.log
 
 
@@ -543,3 +548,27 @@ async def test_it_ends_at_once(door: Server) -> None:
             for websocket in websockets:
                 await websocket.wait_closed()
                 assert websocket.close_code == 1012
+
+
+async def test_it_ends_although_a_producer_does_not_read() -> None:
+    """Uvicorn cancels its endpoint, and the log has no traceback."""
+    with running(COMMAND, env={"SECRET_KEY": KEY}) as server:
+        async with client(server, PRODUCER, **header(token())) as producer:
+            producer.transport.pause_reading()
+            write(producer, numbered(200, size=100_000))
+            await until(lambda: queued(server) > 0, "the first payload to be queued")
+            await settled(lambda: queued(server))
+            await end(server, signal.SIGINT, 3)
+            assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in server.log
+            producer.transport.abort()
+
+
+async def settled(look: Callable[[], int]) -> None:
+    """Wait until a number does not change any more, because the server waits for the client's socket."""
+    looks = [look()]
+
+    def unchanged() -> bool:
+        looks.append(look())
+        return len(looks) > 10 and len(set(looks[-10:])) == 1
+
+    await until(unchanged, "the socket to be full")

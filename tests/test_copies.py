@@ -17,6 +17,7 @@ WITH_A_PAGE = [
     "log_server",
     "ack_server",
     "auth_server",
+    "limits_server",
     "redis_server",
     "pubsub_server",
 ]

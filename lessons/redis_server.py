@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["fastapi>=0.115.10", "redis[hiredis]>=6", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Many machines, restarts: ack_server.py with its queue in Redis, a Stream that is read by a consumer group.
+"""Survive restarts, and span many machines: ack_server.py with its queue in a Redis Stream.
 
-Run `redis-server` and `uvicorn lessons.redis_server:app --workers 4`, here or on many machines with the same
-REDIS_URL, and the clients as with ack_server.py. At least once: what was echoed is not lost with a consumer,
-a worker or a machine, nor on restart, as long as Redis keeps it. Read `diff lessons/{ack,redis}_server.py`.
+Run `redis-server`, then `uvicorn lessons.redis_server:app --workers 4`, here or on many machines
+with the same REDIS_URL, and the clients as with ack_server.py. Each payload arrives at least once,
+whichever consumer, worker or machine dies, as long as Redis keeps what it has confirmed.
 """
 
 import asyncio
@@ -17,256 +17,374 @@ import os
 import random
 import re
 import secrets
-import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect, WebSocketException
-from fastapi.exceptions import WebSocketRequestValidationError
+from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException, WebSocketRequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from starlette.types import Message
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
-CAPACITY = 1000  # payloads in the queue; then producers wait
-FULL_TIMEOUT = 1  # seconds that a producer waits for room
-FULL_PAUSE = 0.04  # seconds between two looks for room, on average
+CAPACITY = 1000  # payloads
+TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BATCH = 256  # payloads that one call brings to Redis or from it
-MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first
-SEND_TIMEOUT = 40  # seconds for which a socket may be full, as long as uvicorn waits for an answer to a ping
-CLAIM_AFTER = 30  # seconds after which others get the payloads of a worker that died
-GATHER = 0.005  # seconds in which acknowledgements gather, to be one call
-WAIT = 1000  # milliseconds that a call waits for a payload
-TIMEOUT = 5  # seconds after which Redis is taken for gone where it does not answer
-RETRY = 0.2  # seconds between two tries to reach Redis
+BATCH = 256  # payloads that one call brings to Redis or takes from it
+MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
+SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
+CLAIM_AFTER = 30  # seconds until other workers redeliver what a dead worker had
+REDIS_TIMEOUT = 5  # seconds to wait for an answer from Redis
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
-STREAM, CHANGED = KEYS = "queue", "queue:changed"  # the payloads; when some came, for workers that wait
-GROUP, RETURNED = "workers", "returned"  # RETURNED is no worker: it has what waits to be sent again
-WORKER = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-CSP = "default-src 'self' 'unsafe-inline'; script-src-attr 'none'; require-trusted-types-for 'script'; "
-CSP += "frame-ancestors 'none'"  # no other site may show this page in a frame
-log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
+# Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use both.
+STREAM = "{queue}"
+CHANGED = "{queue}:changed"  # wakes workers that wait for payloads
+GROUP = "workers"
+RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
+WORKER = secrets.token_hex(8)
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
-# What Redis runs as a script it runs in one go: no other worker comes between the look and the deed.
+# Nothing else runs in Redis while a script runs, so no two workers see the same free space.
 PUT = """
+local stream, changed = KEYS[1], KEYS[2]
 local group, capacity = ARGV[1], ARGV[2]
-redis.pcall('XGROUP', 'CREATE', KEYS[1], group, '0', 'MKSTREAM')  -- fails where it exists
-local waiting = redis.call('XLEN', KEYS[1]) - redis.call('XPENDING', KEYS[1], group)[1]
+redis.pcall('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM')  -- fails if it exists
+local waiting = redis.call('XLEN', stream) - redis.call('XPENDING', stream, group)[1]
 local accepted = math.max(0, math.min(#ARGV - 2, capacity - waiting))
-for i = 3, 2 + accepted do redis.call('XADD', KEYS[1], '*', 'payload', ARGV[i]) end
-if accepted > 0 then redis.call('XADD', KEYS[2], 'MAXLEN', 1, '*', 'payloads', accepted) end
-return accepted"""
+for i = 3, 2 + accepted do
+    redis.call('XADD', stream, '*', 'payload', ARGV[i])
+end
+if accepted > 0 then
+    redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', accepted)
+end
+return accepted
+"""
+# Payloads that came back go first. They are older than all that no worker has had.
 TAKE = """
-local group, worker, returned, most, ids, entries = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), {}, {}
-for i, row in ipairs(redis.call('XPENDING', KEYS[1], group, '-', '+', most, returned)) do ids[i] = row[1] end
-if #ids > 0 then entries = redis.call('XCLAIM', KEYS[1], group, worker, 0, unpack(ids)) end
-if #ids == most then return entries end
-local new = redis.call('XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #ids, 'STREAMS', KEYS[1], '>')
-for _, entry in ipairs(new and new[1][2] or {}) do table.insert(entries, entry) end
-return entries"""
+local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
+local returned, most = ARGV[3], tonumber(ARGV[4])
+local ids = {}
+for i, row in ipairs(redis.call('XPENDING', stream, group, '-', '+', most, returned)) do
+    ids[i] = row[1]
+end
+local entries = {}
+if #ids > 0 then
+    entries = redis.call('XCLAIM', stream, group, worker, 0, unpack(ids))
+end
+if #ids < most then
+    local new = redis.call(
+        'XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #ids, 'STREAMS', stream, '>')
+    for _, entry in ipairs(new and new[1][2] or {}) do
+        table.insert(entries, entry)
+    end
+end
+return entries
+"""
+# If a worker is deleted, the payloads that it still has are lost.
 LEAVE = """
-local group, worker = ARGV[1], ARGV[2]
-if #redis.call('XPENDING', KEYS[1], group, '-', '+', 1, worker) > 0 then return end  -- they would be lost
-redis.call('XGROUP', 'DELCONSUMER', KEYS[1], group, worker)"""
+local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
+if #redis.call('XPENDING', stream, group, '-', '+', 1, worker) == 0 then
+    redis.call('XGROUP', 'DELCONSUMER', stream, group, worker)
+end
+"""
+
+
+class Unacknowledged:
+    """The payloads that a consumer has and did not acknowledge yet, oldest first."""
+
+    def __init__(self, prefetch: int) -> None:
+        self.payloads: deque[str] = deque()  # their ids in Redis
+        self.room = prefetch
+        self.unsent: asyncio.Queue[str] = asyncio.Queue()
+        self.sending_since = math.inf  # seconds, as time.monotonic() counts them
+
+
+class Channel:
+    """A bounded queue in Redis. It redelivers what is not acknowledged."""
+
+    def __init__(self) -> None:
+        # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
+        # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
+        # Before 8.0.1, it leaks a connection after a WATCH (redis/redis-py#4123). We have none.
+        pool = BlockingConnectionPool.from_url(
+            REDIS_URL,
+            max_connections=3,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=None,  # call() has a timeout
+            protocol=2,
+            decode_responses=True,
+        )
+        self.redis = Redis.from_pool(pool)
+        self.put_script = self.redis.register_script(PUT)
+        self.take_script = self.redis.register_script(TAKE)
+        self.leave_script = self.redis.register_script(LEAVE)
+        self.reachable = True
+        self.line = asyncio.Lock()
+        # The consumers with room for a payload. The first in line gets the next one.
+        self.with_room: deque[Unacknowledged] = deque()
+        self.wake = asyncio.Event()
+        # The ids of the payloads that this worker's consumers have.
+        self.mine: set[str] = set()
+        # The ids of payloads that Redis does not know yet to be acknowledged or returned.
+        self.acknowledged: list[str] = []
+        self.returned: list[Any] = []
+        self.news = asyncio.Event()
+
+    async def call(self, answer: Awaitable[Any]) -> Any:
+        """Wait for Redis. Raise WebSocketException if it refuses or does not answer."""
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT):
+                result = await answer
+        except ResponseError as error:
+            # The message of a script's error begins with the place in the script.
+            why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
+            raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
+        except (RedisError, TimeoutError) as error:
+            if self.reachable:
+                why = str(error) or "no answer"
+                log.error("Redis is gone (%s): producers get 1013, consumers wait", why)
+            self.reachable = False
+            raise WebSocketException(1013, "Redis does not answer: try again later") from None
+        if not self.reachable:
+            log.info("Redis is back")
+        self.reachable = True
+        return result
+
+    async def qsize(self) -> int:
+        """Count the payloads that wait for a consumer."""
+        async with self.redis.pipeline() as pipe:
+            pipe.xlen(STREAM)
+            pipe.xpending(STREAM, GROUP)
+            length, pending = await self.call(pipe.execute())
+        taken = sum(row["pending"] for row in pending["consumers"] if row["name"] != RETURNED)
+        return int(length - taken)
+
+    async def add(self, payloads: list[str]) -> int:
+        """Queue the first of the payloads, as many as there is space for. Return how many."""
+        keys = [STREAM, CHANGED]
+        return int(await self.call(self.put_script(keys, [GROUP, CAPACITY, *payloads])))
+
+    async def put(self, payloads: list[str], max_wait: float) -> int:
+        """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
+        deadline = time.monotonic() + max_wait
+        if not self.line.locked() and (count := await self.add(payloads)):
+            return count
+        # Producers wait in line. Otherwise one could get all the space while another gets none.
+        async with asyncio.timeout(max_wait):
+            await self.line.acquire()
+        try:
+            # A call that is on its way must not be cancelled: it may queue the payloads.
+            while not (count := await self.add(payloads)):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                # Look at random times, so that no worker always looks just after another one.
+                await asyncio.sleep(random.uniform(0.02, 0.06))
+            return count
+        finally:
+            self.line.release()
+
+    async def deliver(
+        self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
+    ) -> None:
+        """Call `handle` with each payload, as long as the consumer has room for it."""
+        self.with_room.append(unacknowledged)
+        self.wake.set()
+        while True:
+            payload = await unacknowledged.unsent.get()
+            unacknowledged.sending_since = time.monotonic()
+            await handle(payload)
+            unacknowledged.sending_since = math.inf
+
+    def acknowledge(self, unacknowledged: Unacknowledged) -> None:
+        """Forget a consumer's oldest payload, and let it have another one."""
+        payload_id = unacknowledged.payloads.popleft()
+        self.mine.remove(payload_id)
+        self.acknowledged.append(payload_id)
+        self.news.set()
+        unacknowledged.room += 1
+        if unacknowledged.room == 1:
+            self.with_room.append(unacknowledged)
+            self.wake.set()
+
+    def redeliver(self, unacknowledged: Unacknowledged) -> None:
+        """Put unacknowledged payloads back at the front of the queue, in their old order."""
+        with suppress(ValueError):
+            self.with_room.remove(unacknowledged)
+        self.give_back(unacknowledged.payloads)
+
+    def give_back(self, payload_ids: Iterable[str]) -> None:
+        self.mine.difference_update(payload_ids)
+        self.returned.extend(payload_ids)
+        self.news.set()
+
+    async def fetch(self) -> None:
+        """Take as many payloads as the consumers have room for. If there are fewer, wait."""
+        await self.give_back_unknown()
+        last_change = "0"
+        while True:
+            if not self.with_room:
+                self.wake.clear()
+                await self.wake.wait()
+            most = min(BATCH, sum(consumer.room for consumer in islice(self.with_room, BATCH)))
+            entries = await self.call(self.take_script([STREAM], [GROUP, WORKER, RETURNED, most]))
+            for payload_id, (_, payload) in entries:
+                self.deal(payload_id, payload)
+            if len(entries) < most:
+                change = self.redis.xread({CHANGED: last_change}, count=1, block=1000)
+                for _, changes in await self.call(change):
+                    last_change = changes[0][0]
+
+    def deal(self, payload_id: str, payload: str) -> None:
+        """Give a payload to the first consumer in line. Give it back if they have all left."""
+        if not self.with_room:
+            self.give_back([payload_id])
+            return
+        self.mine.add(payload_id)
+        consumer = self.with_room.popleft()
+        consumer.payloads.append(payload_id)
+        consumer.unsent.put_nowait(payload)
+        consumer.room -= 1
+        if consumer.room:
+            self.with_room.append(consumer)
+
+    async def give_back_unknown(self) -> None:
+        """Give back payloads that Redis handed over in an answer that came too late."""
+        known = {*self.mine, *self.acknowledged, *self.returned}
+        # Redis answers a ping when it has run all that it was sent before.
+        await self.call(self.redis.ping())
+        rows = self.redis.xpending_range(STREAM, GROUP, "-", "+", len(known) + BATCH, WORKER)
+        pending = {row["message_id"] for row in await self.call(rows)}
+        self.give_back(sorted(pending - known))
+
+    async def report(self) -> None:
+        """Tell Redis what was acknowledged or returned, for all consumers in one call."""
+        while True:
+            await self.news.wait()
+            # Let more acknowledgements arrive.
+            await asyncio.sleep(0.005)
+            await self.send_report()
+
+    async def send_report(self) -> None:
+        acknowledged = self.acknowledged.copy()
+        returned = self.returned.copy()
+        async with self.redis.pipeline() as pipe:
+            if acknowledged:
+                pipe.xack(STREAM, GROUP, *acknowledged)
+                pipe.xdel(STREAM, *acknowledged)
+            if returned:
+                pipe.xclaim(STREAM, GROUP, RETURNED, 0, returned, justid=True)
+                pipe.xadd(CHANGED, {"payloads": "returned"}, maxlen=1, approximate=False)
+            await self.call(pipe.execute())
+        del self.acknowledged[: len(acknowledged)]
+        del self.returned[: len(returned)]
+        if not self.acknowledged and not self.returned:
+            self.news.clear()
+
+    async def claim(self) -> None:
+        """Renew this worker's claims, and give back what dead workers had."""
+        while True:
+            await asyncio.sleep(CLAIM_AFTER / 3)
+            if self.mine:
+                mine: list[Any] = list(self.mine)
+                await self.call(self.redis.xclaim(STREAM, GROUP, WORKER, 0, mine, justid=True))
+            age = CLAIM_AFTER * 1000  # milliseconds
+            dead = self.redis.xautoclaim(STREAM, GROUP, WORKER, age, count=10_000, justid=True)
+            self.give_back(await self.call(dead))
+
+    async def keep_running(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Run a loop. Whenever Redis fails, start it again."""
+        while True:
+            with suppress(WebSocketException):
+                # Queueing nothing creates the group, if Redis has come back empty.
+                await self.add([])
+                await loop()
+            await asyncio.sleep(0.2)
+
+    async def start(self) -> None:
+        """Connect to Redis, or end this worker."""
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT):
+                await self.redis.ping()
+        except (RedisError, TimeoutError) as error:
+            # One worker says it for all.
+            if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
+                address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
+                why = str(error) or "no answer"
+                log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
+            # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
+            os._exit(3)
+        loops = (self.fetch, self.report, self.claim)
+        self.tasks = [asyncio.create_task(self.keep_running(loop)) for loop in loops]
+
+    async def stop(self) -> None:
+        """Give everything back. If Redis is gone, other workers claim it."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+        with suppress(WebSocketException, TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self.give_back_unknown()
+                await self.send_report()
+                await self.call(self.leave_script([STREAM], [GROUP, WORKER]))
+                log.info("%d payloads were still queued", await self.qsize())
+        await self.redis.aclose()
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    try:
-        await create_group()
-    except (RedisError, TimeoutError) as error:
-        if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):  # say it once
-            address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without the password
-            why = str(error) or "no answer"
-            log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
-        os._exit(3)  # uvicorn does not try again then; of an exception it would log the traceback
-    tasks = [asyncio.create_task(repeat(step)) for step in (fetch, report, claim)]
-    yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    with suppress(WebSocketException, TimeoutError):  # where Redis is gone, others claim what we have
-        async with asyncio.timeout(0.5):
-            while mine := await call(redis.xpending_range(STREAM, GROUP, "-", "+", BATCH, WORKER)):
-                returned.extend(entry["message_id"] for entry in mine)
-                await report()
-            await call(leave(KEYS, [GROUP, WORKER]))
-            log.info("%d payloads were still queued", await queued())
-    await redis.aclose()
-
-
-class Window:
-    """What a consumer has and did not acknowledge, what it may still have, and what is being sent to it."""
-
-    def __init__(self, prefetch: int) -> None:
-        self.room = prefetch
-        self.unsettled: deque[str] = deque()  # ids
-        self.payloads: asyncio.Queue[str] = asyncio.Queue()  # those that are not sent yet
-        self.sending_since = math.inf  # seconds, by the clock of time.monotonic()
+    await channel.start()
+    yield  # until every endpoint has returned
+    await channel.stop()
 
 
 app = FastAPI(lifespan=lifespan)
-once = Retry(NoBackoff(), 0)  # a payload that is sent to Redis twice would be there twice
-pool = BlockingConnectionPool.from_url(  # without a timeout: its own would cost a task for each call
-    REDIS_URL, max_connections=3, socket_timeout=None, decode_responses=True, protocol=2, retry=once
-)
-redis = Redis.from_pool(pool)
-add, take, leave = (redis.register_script(script) for script in (PUT, TAKE, LEAVE))
-windows: set[Window] = set()
-free: deque[Window] = deque()  # those with room, in line for the next payload
-line = asyncio.Lock()  # producers that wait for room
-settled: list[str] = []  # ids, until Redis knows
-returned: list[Any] = []  # the same; Any, because redis-py asks for a list of all that an id can be
-hungry, news = asyncio.Event(), asyncio.Event()  # a consumer has room; Redis has something to be told
-reachable = True
-refusal = ""  # the last error that Redis answered with
-
-
-async def call(answer: Awaitable[Any]) -> Any:
-    """Wait for Redis. Raises WebSocketException where it does not answer, and logs the first time."""
-    global reachable, refusal
-    try:
-        async with asyncio.timeout(TIMEOUT):  # for a connection too, where many wait for one
-            result = await answer
-    except ResponseError as error:  # it has no memory left, cannot write to its disk, is a cluster, ...
-        # Redis puts where in our script it happened before what happened.
-        why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
-        if refusal != why and not why.startswith("NOGROUP"):  # Redis was emptied; repeat() makes the group
-            log.error("Redis refuses a command: %s", why)
-        refusal = why
-        raise WebSocketException(1013, f"Redis refuses: {refusal:.90}") from None
-    except (RedisError, TimeoutError) as error:
-        if reachable:
-            why = str(error) or "no answer"
-            log.error("Redis is gone (%s): producers get 1013, consumers wait until it is back", why)
-        reachable = False
-        raise WebSocketException(1013, "Redis does not answer: try again later") from None
-    if not reachable:
-        log.info("Redis is back")
-    reachable = True
-    return result
-
-
-async def create_group() -> None:
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            await redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
-    except ResponseError as error:
-        if "BUSYGROUP" not in str(error):  # it exists
-            raise
-
-
-async def repeat(step: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            await step()
-        except WebSocketException:
-            await asyncio.sleep(RETRY)
-            with suppress(RedisError, TimeoutError):
-                await create_group()  # Redis may have come back empty
-
-
-async def fetch() -> None:
-    """Take what the consumers can have now, and deal it out. Where there is no more, wait until there is."""
-    await give_back_unknown()
-    last = "0"
-    while True:
-        if not free:
-            hungry.clear()
-            await hungry.wait()
-        most = min(BATCH, sum(window.room for window in islice(free, BATCH)))
-        entries = await call(take(KEYS, [GROUP, WORKER, RETURNED, most]))
-        for payload_id, (_, payload) in entries:
-            if not free:  # those that wanted it have left
-                returned.append(payload_id)
-                news.set()
-                continue
-            window = free.popleft()
-            window.unsettled.append(payload_id)
-            window.payloads.put_nowait(payload)
-            window.room -= 1
-            if window.room:
-                free.append(window)
-        if len(entries) < most:
-            for _, changes in await call(redis.xread({CHANGED: last}, count=1, block=WAIT)):
-                last = changes[0][0]
-
-
-async def give_back_unknown() -> None:
-    """Give back what Redis handed over in an answer that came too late. Else it would wait for claim()."""
-    await call(redis.ping())  # answered when Redis has run all that it was sent before
-    known = {*settled, *returned, *(payload_id for window in windows for payload_id in window.unsettled)}
-    mine = await call(redis.xpending_range(STREAM, GROUP, "-", "+", len(known) + BATCH, WORKER))
-    returned.extend(entry["message_id"] for entry in mine if entry["message_id"] not in known)
-    news.set()
-
-
-async def report() -> None:
-    """Tell Redis, for all consumers in one call, which payloads are settled and which have come back."""
-    if not settled and not returned:
-        news.clear()
-        await news.wait()
-        await asyncio.sleep(GATHER)
-    done, back = settled[:], returned[:]
-    async with redis.pipeline() as pipe:
-        if done:
-            pipe.xack(STREAM, GROUP, *done)
-            pipe.xdel(STREAM, *done)
-        if back:
-            pipe.xclaim(STREAM, GROUP, RETURNED, 0, back, justid=True)
-            pipe.xadd(CHANGED, {"payloads": len(back)}, maxlen=1, approximate=False)
-        await call(pipe.execute())
-    del settled[: len(done)], returned[: len(back)]
-
-
-async def claim() -> None:
-    """Say that this worker still has what it has, and claim what those have that say so no more."""
-    await asyncio.sleep(CLAIM_AFTER / 3)
-    mine: list[Any] = [payload_id for window in windows for payload_id in window.unsettled]
-    if mine:
-        await call(redis.xclaim(STREAM, GROUP, WORKER, 0, mine, justid=True))
-    dead = redis.xautoclaim(STREAM, GROUP, RETURNED, CLAIM_AFTER * 1000, count=10_000, justid=True)
-    if claimed := await call(dead):
-        await call(redis.xadd(CHANGED, {"payloads": len(claimed)}, maxlen=1, approximate=False))
-
-
-async def queued() -> int:
-    async with redis.pipeline() as pipe:
-        pipe.xlen(STREAM)
-        pipe.xpending(STREAM, GROUP)
-        length, pending = await call(pipe.execute())
-    unsettled: int = sum(row["pending"] for row in pending["consumers"] if row["name"] != RETURNED)
-    return int(length) - unsettled
+channel = Channel()
 
 
 async def same_origin(websocket: WebSocket) -> None:
-    origin, host = websocket.headers.get("origin"), websocket.headers.get("host")  # RFC 6455, section 10.2
-    if origin not in (None, f"http://{host}", f"https://{host}"):  # browsers always send it, scripts do not
-        log.warning("a page from %s may not connect to %s: open the page at that address", origin, host)
-        raise WebSocketException(1008)  # before accept(), so the client sees HTTP 403
+    """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
+    origin = websocket.headers.get("origin")
+    host = websocket.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        raise WebSocketException(1008, reason)
+
+
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
 
 
 @app.exception_handler(WebSocketRequestValidationError)
-async def bad_prefetch(websocket: WebSocket, error: WebSocketRequestValidationError) -> None:
-    await websocket.accept()  # else the client would see HTTP 403, and no reason
-    await websocket.close(1008, f"prefetch: {error.errors()[0]['msg']}")
+async def refuse(websocket: WebSocket, error: WebSocketRequestValidationError) -> None:
+    """Tell the consumer what is wrong with its prefetch."""
+    # Before it is accepted, a client that is refused sees only HTTP 403, without a reason.
+    await websocket.accept()
+    await close(websocket, WebSocketException(1008, f"prefetch: {error.errors()[0]['msg']}"))
 
 
-def check(payload: str | None) -> str:
-    """Return the payload; None is a binary frame. A WebSocketException says how to close."""
+def validate(payload: str | None) -> str:
+    """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
     if payload is None:
         raise WebSocketException(1003, "a binary frame: send payloads as text")
     if len(payload.encode()) > MAX_PAYLOAD:
@@ -278,135 +396,99 @@ def check(payload: str | None) -> str:
     return payload
 
 
-async def put(payloads: list[str]) -> int:
-    """Queue the first of the payloads, as many as there is room for, at least one. Returns how many.
-
-    Producers that find no room stand in line. Otherwise each would look for room at its own times, and one
-    that always looks just after another would be refused, though room became free all the time.
-    """
-    if not line.locked() and (accepted := await call(add(KEYS, [GROUP, CAPACITY, *payloads]))):
-        return int(accepted)
-    deadline = time.monotonic() + FULL_TIMEOUT
-    try:
-        async with asyncio.timeout(FULL_TIMEOUT):
-            await line.acquire()
-    except TimeoutError:
-        raise WebSocketException(1013, "the queue is full: try again later") from None
-    try:
-        while not (accepted := await call(add(KEYS, [GROUP, CAPACITY, *payloads]))):
-            if time.monotonic() > deadline:
-                raise WebSocketException(1013, "the queue is full: try again later")
-            await asyncio.sleep(random.uniform(0.5, 1.5) * FULL_PAUSE)  # not in step with another worker
-        return int(accepted)
-    finally:
-        line.release()
-
-
-async def receive(websocket: WebSocket, payloads: list[str]) -> bool:
-    """Wait for a payload, and add all that have come already. False where the producer has left."""
-    message = await websocket.receive()
+async def receive_batch(websocket: WebSocket) -> list[Message]:
+    """Wait for a message, and return it with the messages that have already arrived after it."""
+    messages = [await websocket.receive()]
+    # A timeout of 0 ends the first receive() that would have to wait.
     with suppress(TimeoutError):
-        async with asyncio.timeout(0):  # ends the first receive() that would have to wait
-            while message["type"] == "websocket.receive":
-                payloads.append(check(message.get("text")))
-                if len(payloads) == BATCH:
-                    return True
-                message = await websocket.receive()
-            return False
-    return True
+        async with asyncio.timeout(0):
+            while messages[-1]["type"] != "websocket.disconnect" and len(messages) < BATCH:
+                messages.append(await websocket.receive())
+    return messages
+
+
+async def put_batch(websocket: WebSocket, payloads: list[str]) -> None:
+    """Queue the payloads, and send each back as its receipt."""
+    while payloads:
+        try:
+            count = await channel.put(payloads, TIMEOUT)
+        except TimeoutError:
+            raise WebSocketException(1013, "the queue is full: try again later") from None
+        for payload in payloads[:count]:
+            # The receipt. The payload is queued, even if the producer has left meanwhile.
+            with suppress(*GONE):
+                await websocket.send_text(payload)
+        del payloads[:count]
 
 
 @app.websocket("/ws/producer", dependencies=[Depends(same_origin)])
 async def producer(websocket: WebSocket) -> None:
     await websocket.accept()
-    payloads: list[str] = []
-    connected = True
-    try:
-        while connected:
+    # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        while True:
+            payloads: list[str] = []
             try:
-                connected = await receive(websocket, payloads)
-            finally:  # a payload that is refused does not harm those before it
-                while payloads:
-                    for _ in range(await put(payloads)):
-                        with suppress(WebSocketDisconnect, RuntimeError):  # it left, but what it sent counts
-                            await websocket.send_text(payloads.pop(0))
-    except WebSocketException as refusal:
-        log.warning("producer %s closed with %d: %s", websocket.client, refusal.code, refusal.reason)
-        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
-            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
-                await websocket.close(refusal.code, refusal.reason)
-    except asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
-        log.warning("producer %s was cut off: it does not read its receipts", websocket.client)
+                for message in await receive_batch(websocket):
+                    if message["type"] == "websocket.disconnect":
+                        return
+                    payloads.append(validate(message.get("text")))
+            finally:
+                # A payload that is refused does not harm the payloads before it.
+                await put_batch(websocket, payloads)
 
 
-async def send_payloads(websocket: WebSocket, window: Window) -> None:
-    while True:
-        payload = await window.payloads.get()
-        window.sending_since = time.monotonic()
-        try:
-            await websocket.send_text(payload)
-        except (WebSocketDisconnect, RuntimeError):
-            return  # it left, as settle() hears too
-        window.sending_since = math.inf
+async def send_payloads(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
+    """Send payloads until the consumer leaves."""
+    with suppress(*GONE):
+        await channel.deliver(websocket.send_text, unacknowledged)
 
 
-async def watch(window: Window) -> None:
-    """Raise TimeoutError when its socket was full for SEND_TIMEOUT: uvicorn's pings wait there too."""
-    while time.monotonic() - window.sending_since < SEND_TIMEOUT:
+async def watch(unacknowledged: Unacknowledged) -> None:
+    """Refuse a consumer that stopped reading. Uvicorn's pings would wait behind the payloads."""
+    # Setting a timer for each payload would cost a tenth more, so look from time to time.
+    while time.monotonic() - unacknowledged.sending_since < SEND_TIMEOUT:
         await asyncio.sleep(SEND_TIMEOUT / 10)
-    raise TimeoutError
+    raise WebSocketException(1013, f"the consumer has read nothing for {SEND_TIMEOUT} seconds")
 
 
-async def settle(websocket: WebSocket, window: Window) -> str | None:
-    """Take acknowledgements until the consumer leaves. Returns what it did wrong, if anything."""
-    while (message := await websocket.receive())["type"] == "websocket.receive":
+async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
+    """Take acknowledgements until the consumer leaves."""
+    while (message := await websocket.receive())["type"] != "websocket.disconnect":
         if message.get("text") != "ack":
-            return "a consumer says ack, and nothing else"
-        if not window.unsettled:
-            return "an ack, and every payload was acknowledged already"
-        settled.append(window.unsettled.popleft())
-        news.set()
-        window.room += 1
-        if window.room == 1:
-            free.append(window)
-            hungry.set()
-    return None
+            raise WebSocketException(1008, "a consumer sends ack, and nothing else")
+        if not unacknowledged.payloads:
+            raise WebSocketException(1008, "an ack, but there is nothing to acknowledge")
+        channel.acknowledge(unacknowledged)
 
 
 @app.websocket("/ws/consumer", dependencies=[Depends(same_origin)])
-async def consumer(websocket: WebSocket, prefetch: Annotated[int, Query(ge=1, le=MAX_PREFETCH)] = 1) -> None:
+async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
     await websocket.accept()
-    window, refusal = Window(prefetch), None
-    windows.add(window)
-    free.append(window)
-    hungry.set()
-    try:
-        async with asyncio.TaskGroup() as group:
-            helpers = [group.create_task(send_payloads(websocket, window)), group.create_task(watch(window))]
-            refusal = await settle(websocket, window)
-            for helper in helpers:
-                helper.cancel()
-    except* TimeoutError:  # needs Python 3.11
-        log.warning("consumer %s is given up: it has not read for %d s", websocket.client, SEND_TIMEOUT)
-    except* asyncio.CancelledError:  # see producer()
-        pass
-    finally:
-        windows.remove(window)
-        with suppress(ValueError):
-            free.remove(window)
-        returned.extend(window.unsettled)
-        news.set()
+    unacknowledged = Unacknowledged(prefetch)
+    refusal: Exception | None = None
+    # If the consumer does not read its payloads, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        try:
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(send_payloads(websocket, unacknowledged))
+                watcher = group.create_task(watch(unacknowledged))
+                # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
+                await receive_acks(websocket, unacknowledged)
+                sender.cancel()
+                watcher.cancel()
+        except* WebSocketException as refusals:
+            refusal = refusals.exceptions[0]
+        finally:
+            channel.redeliver(unacknowledged)
     if refusal:
-        log.warning("consumer %s closed with 1008: %s", websocket.client, refusal)
-        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
-            async with asyncio.timeout(FULL_TIMEOUT):  # a client that does not read can't be told
-                await websocket.close(1008, refusal)
+        raise refusal
 
 
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
     try:
-        return {"queued": await queued(), "capacity": CAPACITY, "acks": True}
+        return {"queued": await channel.qsize(), "capacity": CAPACITY, "acks": True}
     except WebSocketException as error:
         raise HTTPException(503, error.reason) from None
 
@@ -415,10 +497,12 @@ async def stats() -> dict[str, int | bool]:
 async def index() -> Response:
     page = Path(__file__).parent.parent / "web/index.html"
     if page.exists():
-        return FileResponse(page, headers={"Content-Security-Policy": CSP})
-    return PlainTextResponse("A queue between websockets: send to /ws/producer, receive from /ws/consumer.")
+        return FileResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
+    return PlainTextResponse("A queue: send to /ws/producer, receive from /ws/consumer.")
 
 
 if __name__ == "__main__":
-    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
-    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1, ws_per_message_deflate=False)
+    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
+    uvicorn.main(["__main__:app", *options])

@@ -164,8 +164,9 @@ def redis_executable() -> str:
 class Redis:
     """A Redis of the tests' own, which keeps what it has in a folder, and so survives its own death."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         self.port = free_port()
+        self._options = options
         self._folder = tempfile.TemporaryDirectory()
         self._databases = itertools.count()
         self.start()
@@ -177,6 +178,7 @@ class Redis:
                 *(redis_executable(), "--bind", "127.0.0.1", "--port", str(self.port)),
                 *("--dir", self._folder.name, "--appendonly", "yes", "--save", "", "--databases", "10000"),
                 *("--appendfsync", "no"),  # for `everysec` holds writes back while the disk is slow
+                *self._options,
             ],
             stdout=subprocess.DEVNULL,
         )

@@ -35,6 +35,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from starlette.requests import HTTPConnection
 from starlette.types import Message
 
 if sys.version_info < (3, 11):
@@ -44,6 +45,10 @@ CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or takes from it
+MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
+# Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
+# connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
+ON_PURPOSE = (1000, 1001, 1012)
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
 SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
 CLAIM_AFTER = 30  # seconds until other workers redeliver what a dead worker had
@@ -52,6 +57,7 @@ REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
 # Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use both.
 STREAM = "{queue}"
 CHANGED = "{queue}:changed"  # wakes workers that wait for payloads
+DEAD = "{queue}:dead"  # a Stream of the payloads that were set aside
 GROUP = "workers"
 RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
 WORKER = secrets.token_hex(8)
@@ -74,26 +80,60 @@ if accepted > 0 then
 end
 return accepted
 """
-# Payloads that came back go first. They are older than all that no worker has had.
+# Payloads that came back go first. They are older than all that no worker has had. XCLAIM would
+# count each redelivery, but only FAIL is to count.
 TAKE = """
 local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
 local returned, most = ARGV[3], tonumber(ARGV[4])
-local ids = {}
-for i, row in ipairs(redis.call('XPENDING', stream, group, '-', '+', most, returned)) do
-    ids[i] = row[1]
+local entries, rows = {}, redis.call('XPENDING', stream, group, '-', '+', most, returned)
+for _, row in ipairs(rows) do
+    local id, count = row[1], row[4]
+    local claimed = redis.call('XCLAIM', stream, group, worker, 0, id, 'RETRYCOUNT', count)
+    table.insert(entries, claimed[1])
 end
-local entries = {}
-if #ids > 0 then
-    entries = redis.call('XCLAIM', stream, group, worker, 0, unpack(ids))
-end
-if #ids < most then
+if #rows < most then
     local new = redis.call(
-        'XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #ids, 'STREAMS', stream, '>')
+        'XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #rows, 'STREAMS', stream, '>')
     for _, entry in ipairs(new and new[1][2] or {}) do
         table.insert(entries, entry)
     end
 end
 return entries
+"""
+# The group's own counter is 1 at the first delivery. A payload is never in both Streams, nor in none.
+FAIL = """
+local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
+local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local set_aside = {}
+for i = 5, #ARGV do
+    local id = ARGV[i]
+    local row = redis.call('XPENDING', stream, group, id, id, 1)[1]
+    if row and row[2] == worker then  -- else this is a repetition
+        local count = row[4]
+        if count < most then
+            redis.call(
+                'XCLAIM', stream, group, returned, 0, id, 'RETRYCOUNT', count + 1, 'JUSTID')
+        else
+            local payload = redis.call('XRANGE', stream, id, id)[1][2][2]
+            redis.call('XADD', dead, '*', 'payload', payload, 'deliveries', count)
+            redis.call('XACK', stream, group, id)
+            redis.call('XDEL', stream, id)
+            table.insert(set_aside, payload)
+        end
+    end
+end
+redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', 'returned')
+return set_aside
+"""
+RETRY = """
+local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
+local letters = redis.call('XRANGE', dead, '-', '+')
+for _, letter in ipairs(letters) do
+    redis.call('XADD', stream, '*', 'payload', letter[2][2])
+end
+redis.call('DEL', dead)
+redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', #letters)
+return #letters
 """
 # If a worker is deleted, the payloads that it still has are lost.
 LEAVE = """
@@ -112,6 +152,14 @@ class Unacknowledged:
         self.room = prefetch
         self.unsent: asyncio.Queue[str] = asyncio.Queue()
         self.sending_since = math.inf  # seconds, as time.monotonic() counts them
+        self.failed: list[str] = []
+
+    def blame(self) -> None:
+        """Count a failure of the consumer against the payload on which it was working."""
+        # Acknowledgements come in order, so that is the oldest payload, if it was sent at all.
+        unsent = self.unsent.qsize() + (self.sending_since < math.inf)
+        if len(self.payloads) > unsent:
+            self.failed.append(self.payloads.popleft())
 
 
 class Channel:
@@ -132,6 +180,8 @@ class Channel:
         self.redis = Redis.from_pool(pool)
         self.put_script = self.redis.register_script(PUT)
         self.take_script = self.redis.register_script(TAKE)
+        self.fail_script = self.redis.register_script(FAIL)
+        self.retry_script = self.redis.register_script(RETRY)
         self.leave_script = self.redis.register_script(LEAVE)
         self.reachable = True
         self.line = asyncio.Lock()
@@ -140,8 +190,10 @@ class Channel:
         self.wake = asyncio.Event()
         # The ids of the payloads that this worker's consumers have.
         self.mine: set[str] = set()
-        # The ids of payloads that Redis does not know yet to be acknowledged or returned.
+        # The ids of payloads of which Redis does not know yet that they were acknowledged, that a
+        # consumer failed on them, or that they were returned.
         self.acknowledged: list[str] = []
+        self.failed: list[str] = []
         self.returned: list[Any] = []
         self.news = asyncio.Event()
 
@@ -225,12 +277,25 @@ class Channel:
         """Put unacknowledged payloads back at the front of the queue, in their old order."""
         with suppress(ValueError):
             self.with_room.remove(unacknowledged)
+        self.mine.difference_update(unacknowledged.failed)
+        self.failed.extend(unacknowledged.failed)
         self.give_back(unacknowledged.payloads)
 
     def give_back(self, payload_ids: Iterable[str]) -> None:
         self.mine.difference_update(payload_ids)
         self.returned.extend(payload_ids)
         self.news.set()
+
+    async def dead(self) -> list[dict[str, Any]]:
+        """Return the dead letters, oldest first, at most 100."""
+        letters = await self.call(self.redis.xrange(DEAD, count=100))
+        return [
+            {"payload": letter["payload"], "deliveries": int(letter["deliveries"])} for _, letter in letters
+        ]
+
+    async def retry(self) -> int:
+        """Put the dead letters back, at the end of the queue, and count them."""
+        return int(await self.call(self.retry_script([STREAM, CHANGED, DEAD])))
 
     async def fetch(self) -> None:
         """Take as many payloads as the consumers have room for. If there are fewer, wait."""
@@ -264,7 +329,7 @@ class Channel:
 
     async def give_back_unknown(self) -> None:
         """Give back payloads that Redis handed over in an answer that came too late."""
-        known = {*self.mine, *self.acknowledged, *self.returned}
+        known = {*self.mine, *self.acknowledged, *self.failed, *self.returned}
         # Redis answers a ping when it has run all that it was sent before.
         await self.call(self.redis.ping())
         rows = self.redis.xpending_range(STREAM, GROUP, "-", "+", len(known) + BATCH, WORKER)
@@ -281,7 +346,13 @@ class Channel:
 
     async def send_report(self) -> None:
         acknowledged = self.acknowledged.copy()
+        failed = self.failed.copy()
         returned = self.returned.copy()
+        if failed:
+            args: list[Any] = [GROUP, WORKER, RETURNED, MAX_DELIVERIES, *failed]
+            for payload in await self.call(self.fail_script([STREAM, CHANGED, DEAD], args)):
+                log.warning("set aside after %d deliveries: %.80s", MAX_DELIVERIES, payload)
+        del self.failed[: len(failed)]
         async with self.redis.pipeline() as pipe:
             if acknowledged:
                 pipe.xack(STREAM, GROUP, *acknowledged)
@@ -292,7 +363,7 @@ class Channel:
             await self.call(pipe.execute())
         del self.acknowledged[: len(acknowledged)]
         del self.returned[: len(returned)]
-        if not self.acknowledged and not self.returned:
+        if not self.acknowledged and not self.failed and not self.returned:
             self.news.clear()
 
     async def claim(self) -> None:
@@ -356,12 +427,14 @@ app = FastAPI(lifespan=lifespan)
 channel = Channel()
 
 
-async def same_origin(websocket: WebSocket) -> None:
+async def same_origin(connection: HTTPConnection) -> None:
     """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
-    origin = websocket.headers.get("origin")
-    host = websocket.headers.get("host")
+    origin = connection.headers.get("origin")
+    host = connection.headers.get("host")
     if origin not in (None, f"http://{host}", f"https://{host}"):
         reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        if connection.scope["type"] == "http":
+            raise HTTPException(403, reason)
         raise WebSocketException(1008, reason)
 
 
@@ -453,13 +526,15 @@ async def watch(unacknowledged: Unacknowledged) -> None:
 
 
 async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
-    """Take acknowledgements until the consumer leaves."""
+    """Take acknowledgements until the consumer leaves. Count it as a failure if it crashed."""
     while (message := await websocket.receive())["type"] != "websocket.disconnect":
         if message.get("text") != "ack":
             raise WebSocketException(1008, "a consumer sends ack, and nothing else")
         if not unacknowledged.payloads:
             raise WebSocketException(1008, "an ack, but there is nothing to acknowledge")
         channel.acknowledge(unacknowledged)
+    if message["code"] not in ON_PURPOSE:
+        unacknowledged.blame()
 
 
 @app.websocket("/ws/consumer", dependencies=[Depends(same_origin)])
@@ -479,6 +554,7 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
                 watcher.cancel()
         except* WebSocketException as refusals:
             refusal = refusals.exceptions[0]
+            unacknowledged.blame()
         finally:
             channel.redeliver(unacknowledged)
     if refusal:
@@ -488,7 +564,24 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
     try:
-        return {"queued": await channel.qsize(), "capacity": CAPACITY, "acks": True}
+        queued, dead = await channel.qsize(), await channel.call(channel.redis.xlen(DEAD))
+    except WebSocketException as error:
+        raise HTTPException(503, error.reason) from None
+    return {"queued": queued, "capacity": CAPACITY, "acks": True, "dead": dead}
+
+
+@app.get("/dead", dependencies=[Depends(same_origin)])
+async def dead() -> list[dict[str, Any]]:
+    try:
+        return await channel.dead()
+    except WebSocketException as error:
+        raise HTTPException(503, error.reason) from None
+
+
+@app.post("/dead/retry", dependencies=[Depends(same_origin)])
+async def retry() -> dict[str, int]:
+    try:
+        return {"retried": await channel.retry()}
     except WebSocketException as error:
         raise HTTPException(503, error.reason) from None
 

@@ -166,6 +166,8 @@ class Redis:
 
     def __init__(self, *options: str) -> None:
         self.port = free_port()
+        while "--cluster-enabled" in options and self.port > 55_535:
+            self.port = free_port()  # nodes of a cluster also use the port that is 10,000 higher
         self._options = options
         self._folder = tempfile.TemporaryDirectory()
         self._databases = itertools.count()

@@ -418,14 +418,15 @@ async def test_room_is_neither_lost_nor_made(server: Server) -> None:
     await produce(server, numbered(20))
     for number in range(50):
         async with consumer(server, 20) as taker:
-            assert [await receive(taker.websocket) for _ in range(20)] == numbered(20)
+            assert {await receive(taker.websocket) for _ in range(20)} == set(numbered(20))
             await WAYS[number % len(WAYS)](taker.websocket)
         if "dead" in server.stats():
             # The consumers that crashed had not acknowledged the first payload, so it is set aside at last.
+            # In Redis, it then goes to the end of the queue.
             await until(lambda: server.queued() + server.stats()["dead"] == 20, "20 payloads")
             server.retry()
         await queued(server, 20)
-    assert await drain(server) == numbered(20)
+    assert set(await drain(server)) == set(numbered(20))
     assert await fill(server) == server.capacity
     assert server.queued() == server.capacity
     assert await drain(server) == numbered(server.capacity)

@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection
 
 from lessons import ack_server
 from tests.harness import (
+    ACKING,
     Script,
     Server,
     consumer,
@@ -20,13 +21,13 @@ from tests.harness import (
     receive,
     reset,
     running,
+    shared_redis,
     until,
     vanish,
 )
 
 MAX_DELIVERIES = 5
-POISON = ["ack_server.py"]
-pytestmark = pytest.mark.parametrize("command", POISON, indirect=True)
+pytestmark = pytest.mark.parametrize("command", ACKING, indirect=True)
 Leave = Callable[[ClientConnection], Awaitable[None]]
 
 
@@ -144,7 +145,7 @@ uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
 async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
     module, _, name = command[3].partition(":")[0].partition(".")
     program = [sys.executable, "-c", ONE_DELIVERY.format(module=module, name=name)]
-    with running(program) as server:
+    with running(program, env={"REDIS_URL": shared_redis().url()}) as server:
         payloads = numbered(102)
         await produce(server, payloads)
         for payload in payloads:

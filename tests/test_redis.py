@@ -783,9 +783,7 @@ async def test_a_producer_is_told_why_redis_refuses(broker: Redis) -> None:
 
 async def test_the_queue_works_on_redis_cluster() -> None:
     """A script may use two keys only if they have the same hash slot: a payload goes in, back, and out."""
-    # By default, the nodes talk to each other on a port that is 10,000 higher, and may not exist.
-    ports = ["--cluster-port", str(free_port())]
-    broker = Redis("--cluster-enabled", "yes", "--databases", "1", *ports)
+    broker = Redis("--cluster-enabled", "yes", "--databases", "1")
     admin: Any = redis.Redis(port=broker.port, decode_responses=True)
     with closing(broker), closing(admin):
         admin.cluster("ADDSLOTS", *range(16384))

@@ -33,7 +33,7 @@ from tests.test_playground import CHROMIUM, CONTRAST, FLAGS
 PHONE: ViewportSize = {"width": 360, "height": 740}
 AT_ONCE = 3000 * SLOWNESS  # ms: less than the page takes to forget who is silent
 CONTROLS = "button:visible, input:visible, a:visible, [tabindex]:visible"
-COMMAND = uvicorn_command("lessons.pubsub_server:app")
+COMMAND = uvicorn_command("lessons.pubsub_redis_server:app")
 MARKUP = "<img src=x onerror=window.ran=1><script>ran=1</script>"
 # What may come on a topic: any JSON. Its text as the chat shows it.
 SHAPELESS = {

@@ -2,69 +2,53 @@
 # requires-python = ">=3.11"
 # dependencies = ["fastapi>=0.115.10", "pydantic>=2.9", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Messages with types: Pydantic models, handlers by model, and AsyncAPI documentation made from both.
+"""Messages with types: each has a Pydantic model, and each type of call has a handler.
 
-Run `python lessons/typed_server.py`, and open http://127.0.0.1:8000/asyncapi. server.py takes any JSON; here
-a client's call has a type, and its `id` comes back with the reply, or with an `error`. Clients post notes on
-boards, and these are pushed to all who watch. At most once: who is away, or reads too slowly, misses them.
+It differs from server.py in that clients send calls, and a reply has the `id` of its call. A
+handler can subscribe its client to a topic, and server code can push messages to a topic. Run
+`python lessons/typed_server.py`, and in another terminal `python tests/examples/typed_client.py`
+with a message in quotes. A call is handled at most once, and a push arrives at most once.
 """
 
 import asyncio
-import functools
 import logging
-import operator
 import os
-import secrets
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import uvicorn
-from fastapi import Depends, FastAPI, Header, Request, WebSocket, WebSocketDisconnect, WebSocketException
-from fastapi.responses import HTMLResponse
-from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, Field, RootModel, ValidationError, create_model
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+from fastapi import Body, Depends, FastAPI, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import HTTPException, WebSocketException
+from fastapi.requests import HTTPConnection
+from pydantic import BaseModel, Field, ValidationError
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 MAX_MESSAGE = 1024 * 1024  # bytes of UTF-8
-OUTBOX = 1000  # messages that wait to be written to a client; with one more it is too slow
+OUTBOX = 1000  # messages that wait to be sent to a client
+TIMEOUT = 1  # seconds to wait for a close frame to be sent
 HANDLER_TIMEOUT = 5  # seconds
-SEND_TIMEOUT = 40  # seconds for which a socket may be full, as long as uvicorn waits for an answer to a ping
-TOKEN = os.environ.get("TOKEN")  # where it is set, clients bring it: Authorization: Bearer TOKEN
-LOCAL = os.environ.get("ASYNCAPI_COMPONENT")  # a folder with the files that else come from the CDN
-COMPONENT = "/component" if LOCAL else "https://cdn.jsdelivr.net/npm/@asyncapi/react-component@3.2.1"
-PAGE = f"""<!doctype html><meta charset="utf-8"><title>AsyncAPI</title><link rel="icon" href="data:,"><body>
-<link rel="stylesheet" href="{COMPONENT}/styles/default.min.css" crossorigin
-  integrity="sha384-oo9RoQcacP++XdMX6CjTucTvASEORHX3chFik0/V2kHcsHiVboGyWZztGeq/0bum">
-<script src="{COMPONENT}/browser/standalone/index.js" crossorigin
-  integrity="sha384-wy5bSOazlkSKMGH7XMW6+pK8ho8+rCPr7mTqKdAb/dvfwXAPWCFivgr3C7wJMFAh"></script>
-<script>AsyncApiStandalone.render({{schema: {{url: "asyncapi.json"}}}}, document.body)</script>
-"""
-log = logging.getLogger("uvicorn.error")  # the one that uvicorn shows, at INFO and above
-
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 Board = Literal["news", "jobs"]
 
 
-class Message(BaseModel, json_schema_serialization_defaults_required=True):
-    """What is sent always has its `type`, and the documentation says so."""
+class Numbered(BaseModel):
+    id: int = Field(strict=True, ge=0, lt=2**53)  # JavaScript has no larger exact integers
 
 
-class Numbered(Message):
-    id: int = Field(strict=True, ge=0, lt=2**53)  # JavaScript's whole numbers
+class Call(Numbered):
+    type: str
 
 
-class Watch(Numbered):
-    type: Literal["watch"]
+class Watch(Call):
     board: Board
 
 
-class Post(Numbered):
-    type: Literal["post"]
-    board: Board
+class Post(Watch):
     text: str = Field(min_length=1, max_length=1000)
 
 
@@ -73,225 +57,184 @@ class Watchers(Numbered):
     count: int
 
 
-class Note(Message):
+class Note(BaseModel):
     type: Literal["note"] = "note"
     board: Board
     author: str
     text: str
 
 
-class Detail(BaseModel):
-    loc: list[str | int]
-    msg: str
-
-
-class Error(Message):
+class Error(BaseModel):
     type: Literal["error"] = "error"
-    id: int | None = None  # None where it could not be read
+    id: int | None = None  # of the call, if it could be read
     reason: str
-    details: list[Detail] = []
+    details: list[dict[str, Any]] = []
 
 
-class Connection:
-    """A client: who it is, which boards it watches, and what is to be written to it."""
-
-    def __init__(self, caller: str) -> None:
-        self.caller, self.boards = caller, set[Board]()
-        self.outbox: asyncio.Queue[str] = asyncio.Queue(OUTBOX)
-        self.patience = asyncio.timeout(None)  # around all that its endpoint does; push() lets it run out
-
-
-Call = TypeVar("Call", bound=Numbered)
-Handler = Callable[[Call, Connection], Awaitable[Numbered]]
+C = TypeVar("C", bound=Call)
+Handler = Callable[[C, "Client"], Awaitable[BaseModel | None]]
 
 
 class Router:
-    """Handlers by the model of their call, as an APIRouter has them by path; and what they push."""
+    """Handlers by the type of their calls, as an APIRouter has endpoints by path."""
 
-    def __init__(self, *pushes: type[Message]) -> None:
-        self.handlers: dict[type[Numbered], Handler[Any]] = {}
-        self.pushes = pushes
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.models: dict[str, type[Call]] = {}
+        self.handlers: dict[str, Handler[Any]] = {}
 
-    def on(self, call: type[Call]) -> Callable[[Handler[Call]], Handler[Call]]:
-        """Decorate a handler. What it is annotated to return is the model of the reply."""
+    def on(self, kind: str) -> Callable[[Handler[C]], Handler[C]]:
+        """Decorate a handler. The annotation of its parameter `call` is the model of the call."""
+        kind = self.prefix + kind
+        if kind in self.handlers:
+            raise ValueError(f"{kind} has a handler already")
 
-        def register(handler: Handler[Call]) -> Handler[Call]:
-            self.handlers[call] = handler
+        def decorate(handler: Handler[C]) -> Handler[C]:
+            self.models[kind] = get_type_hints(handler)["call"]
+            self.handlers[kind] = handler
             return handler
 
-        return register
+        return decorate
 
     def include(self, router: "Router") -> None:
-        self.handlers |= router.handlers
-        self.pushes += router.pushes
-
-    @functools.cached_property
-    def union(self) -> type[RootModel[Any]]:
-        """The model of any call, told by its `type`; made at the first, when all handlers are there."""
-        calls: Any = functools.reduce(operator.or_, self.handlers)
-        by_type = Field(discriminator="type" if len(self.handlers) > 1 else None)
-        return create_model("AnyCall", __base__=RootModel[Any], root=(calls, by_type))
+        for kind, handler in router.handlers.items():
+            self.on(kind)(handler)
 
 
-app = FastAPI(title="Boards")
-messages = Router(Note, Error)
-connections: set[Connection] = set()
+class Client:
+    def __init__(self, websocket: WebSocket) -> None:
+        host, port = websocket.client or ("unknown", 0)
+        self.name = f"{host}:{port}"
+        self.topics: set[str] = set()
+        self.outbox: asyncio.Queue[str] = asyncio.Queue(OUTBOX)
+        self.endpoint = asyncio.current_task()
+        self.refusal: WebSocketException | None = None
+
+    def disconnect(self, code: int, reason: str) -> None:
+        """End the endpoint, even if it waits for a client that does not read."""
+        self.refusal = WebSocketException(code, reason)
+        clients.discard(self)
+        if self.endpoint:
+            self.endpoint.cancel()
 
 
-def push(message: Message, receivers: Iterable[Connection]) -> None:
-    """Send what answers no call. Nobody waits for a receiver that has no room: it is disconnected."""
-    text = message.model_dump_json()
-    for connection in connections.intersection(receivers):
+app = FastAPI()
+messages = Router()
+clients: set[Client] = set()
+
+
+def push(topic: str, message: BaseModel) -> int:
+    """Send a message to the subscribers of a topic, without waiting. Return how many there are."""
+    subscribers = [client for client in clients if topic in client.topics]
+    for client in subscribers:
         try:
-            connection.outbox.put_nowait(text)
+            client.outbox.put_nowait(message.model_dump_json())
         except asyncio.QueueFull:
-            connections.discard(connection)
-            connection.patience.reschedule(0)
+            client.disconnect(1013, "you read too slowly: connect again")
+    return len(subscribers)
 
 
-def watchers(board: Board) -> list[Connection]:
-    return [connection for connection in connections if board in connection.boards]
+@messages.on("watch")
+async def watch(call: Watch, client: Client) -> Watchers:
+    client.topics.add(call.board)
+    return Watchers(id=call.id, count=sum(call.board in other.topics for other in clients))
 
 
-@messages.on(Watch)
-async def watch(call: Watch, connection: Connection) -> Watchers:
-    """Get the notes of a board from now on."""
-    connection.boards.add(call.board)
-    return Watchers(id=call.id, count=len(watchers(call.board)))
+@messages.on("post")
+async def post(call: Post, client: Client) -> Watchers:
+    note = Note(board=call.board, author=client.name, text=call.text)
+    return Watchers(id=call.id, count=push(call.board, note))
 
 
-@messages.on(Post)
-async def post(call: Post, connection: Connection) -> Watchers:
-    """Show a note to all who watch a board."""
-    receivers = watchers(call.board)
-    push(Note(board=call.board, author=connection.caller, text=call.text), receivers)
-    return Watchers(id=call.id, count=len(receivers))
+async def same_origin(connection: HTTPConnection) -> None:
+    """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
+    origin = connection.headers.get("origin")
+    host = connection.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        if connection.scope["type"] == "http":
+            raise HTTPException(403, reason)
+        raise WebSocketException(1008, reason)
 
 
-async def same_origin(websocket: WebSocket) -> None:
-    origin, host = websocket.headers.get("origin"), websocket.headers.get("host")  # RFC 6455, section 10.2
-    if origin not in (None, f"http://{host}", f"https://{host}"):  # browsers always send it, scripts do not
-        log.warning("a page from %s may not connect to %s: open the page at that address", origin, host)
-        raise WebSocketException(1008)  # before accept(), so the client sees HTTP 403
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
 
 
-async def signed_in(websocket: WebSocket, authorization: Annotated[str, Header()] = "") -> str:
-    if TOKEN and not secrets.compare_digest(authorization.encode(), f"Bearer {TOKEN}".encode()):
-        raise WebSocketException(1008)
-    return f"{websocket.client.host}:{websocket.client.port}" if websocket.client else "somebody"
+def parse(text: str) -> Call | Error:
+    """Read a message with the model of its type, or say what is wrong with it."""
+    error = Error(reason="not a valid call")
+    try:
+        error.id = Numbered.model_validate_json(text).id
+        kind = Call.model_validate_json(text).type
+        if kind in messages.models:
+            return messages.models[kind].model_validate_json(text)
+        error.details = [{"loc": ["type"], "msg": f"not one of {', '.join(messages.models)}"}]
+    except ValidationError as problem:
+        error.details = [{"loc": e["loc"], "msg": e["msg"][:200]} for e in problem.errors()]
+    return error
 
 
-async def answer(text: str | None, connection: Connection) -> Message:
-    """The reply to what came; None is a binary frame."""
+async def handle(text: str | None, client: Client) -> BaseModel | None:
+    """Call the handler of a message. Return its reply, or an error. None is a binary frame."""
     if text is None:
         return Error(reason="a binary frame: send messages as text")
-    if len(text.encode()) > MAX_MESSAGE:
-        raise WebSocketException(1009, f"a message has at most {MAX_MESSAGE} bytes")
-    try:
-        call = messages.union.model_validate_json(text).root
-    except ValidationError as error:
-        details = [Detail(loc=list(e["loc"]), msg=e["msg"][:200]) for e in error.errors()]
-        number = None
-        with suppress(ValidationError):
-            number = Numbered.model_validate_json(text).id
-        return Error(id=number, reason="not a valid call", details=details)
+    call = parse(text)
+    if isinstance(call, Error):
+        return call
     try:
         async with asyncio.timeout(HANDLER_TIMEOUT):
-            return await messages.handlers[type(call)](call, connection)
+            return await messages.handlers[call.type](call, client)
     except Exception:
-        log.exception("call %d of %s failed", call.id, connection.caller)
+        log.exception("call %d of %s failed", call.id, client.name)
         return Error(id=call.id, reason="the server failed")
 
 
-async def send_messages(websocket: WebSocket, outbox: asyncio.Queue[str]) -> None:
+async def send_messages(websocket: WebSocket, client: Client) -> None:
+    with suppress(*GONE):
+        while True:
+            await websocket.send_text(await client.outbox.get())
+    # The client has left. Its last calls are still handled, and nobody gets the replies.
     while True:
-        text = await outbox.get()
-        async with asyncio.timeout(SEND_TIMEOUT):
-            await websocket.send_text(text)
+        await client.outbox.get()
 
 
 @app.websocket("/ws", dependencies=[Depends(same_origin)])
-async def endpoint(websocket: WebSocket, caller: Annotated[str, Depends(signed_in)]) -> None:
+async def endpoint(websocket: WebSocket) -> None:
     await websocket.accept()
-    connections.add(connection := Connection(caller))
-    refusal = None
-    try:
-        async with connection.patience, asyncio.TaskGroup() as group:
-            sender = group.create_task(send_messages(websocket, connection.outbox))
-            while (frame := await websocket.receive())["type"] == "websocket.receive":
-                reply = await answer(frame.get("text"), connection)
-                await connection.outbox.put(reply.model_dump_json())  # waits: who does not read is not read
-                await asyncio.sleep(0)  # else many calls that came together fill outboxes before one is read
+    client = Client(websocket)
+    clients.add(client)
+    # If the client does not read, disconnect() or uvicorn cancels this endpoint.
+    with suppress(asyncio.CancelledError):
+        async with asyncio.TaskGroup() as group:
+            sender = group.create_task(send_messages(websocket, client))
+            while (message := await websocket.receive())["type"] != "websocket.disconnect":
+                text = message.get("text")
+                if text is not None and len(text.encode()) > MAX_MESSAGE:
+                    client.disconnect(1009, f"a message has at most {MAX_MESSAGE} bytes")
+                elif reply := await handle(text, client):
+                    await client.outbox.put(reply.model_dump_json())
+                # If there are more calls, nothing above pauses: let the senders run.
+                await asyncio.sleep(0)
             sender.cancel()
-    except* WebSocketException as refusals:
-        refusal = refusals.exceptions[0]
-    except* TimeoutError:  # needs Python 3.11
-        refusal = WebSocketException(1013, "you read too slowly: connect again")
-    except* (WebSocketDisconnect, RuntimeError):
-        pass  # it left while it was sent something
-    except* asyncio.CancelledError:  # by --timeout-graceful-shutdown; uvicorn would log a traceback
-        log.warning("client %s was cut off: it does not read, or its call takes long", caller)
-    finally:
-        connections.discard(connection)
-    if isinstance(refusal, WebSocketException):
-        log.warning("client %s closed with %d: %s", caller, refusal.code, refusal.reason)
-        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
-            async with asyncio.timeout(1):  # for who reads nothing hears nothing
-                await websocket.close(refusal.code, refusal.reason)
+    clients.discard(client)
+    if client.refusal:
+        raise client.refusal
 
 
-class NoTitles(GenerateJsonSchema):
-    def field_title_should_be_set(self, schema: object) -> bool:
-        return False  # else a generator of types makes each field's title the name of a type
+@app.post("/boards/{board}", dependencies=[Depends(same_origin)])
+async def post_by_http(board: Board, text: Annotated[str, Body(embed=True)]) -> dict[str, int]:
+    return {"watchers": push(board, Note(board=board, author="the server", text=text))}
 
-
-@app.get("/asyncapi.json")
-async def document(request: Request) -> dict[str, Any]:
-    """AsyncAPI 3: what this server receives, and replies, and what it sends unasked."""
-    replies = {call: get_type_hints(handler)["return"] for call, handler in messages.handlers.items()}
-    models: list[tuple[type[Message], JsonSchemaMode]] = [(call, "validation") for call in replies]
-    models += [(model, "serialization") for model in (*replies.values(), *messages.pushes)]
-    payloads, schemas = models_json_schema(
-        models, schema_generator=NoTitles, ref_template="#/components/schemas/{model}"
-    )
-    names = {model: payload["$ref"].split("/")[-1] for (model, _), payload in payloads.items()}
-    channel = {"$ref": "#/channels/ws"}
-    contents: dict[str, Any] = {names[model]: {"payload": payloads[model, mode]} for model, mode in payloads}
-    operations: dict[str, Any] = {}
-
-    def add(action: str, model: type[Message], **more: object) -> None:
-        operations[names[model]] = {"action": action, "channel": channel, "messages": refer(model), **more}
-
-    def refer(*models: type[Message]) -> list[dict[str, str]]:
-        return [{"$ref": f"#/channels/ws/messages/{names[model]}"} for model in models]
-
-    for call, reply in replies.items():
-        summary, answers = messages.handlers[call].__doc__ or "", refer(reply, Error)
-        add("receive", call, summary=summary, reply={"channel": channel, "messages": answers})
-    for model in messages.pushes:
-        add("send", model)
-    for model in (*replies, *replies.values(), Error):
-        contents[names[model]]["correlationId"] = {"location": "$message.payload#/id"}
-    protocol = "wss" if request.url.scheme == "https" else "ws"
-    security = [{"type": "http", "scheme": "bearer"}] if TOKEN else []
-    return {
-        "asyncapi": "3.0.0",
-        "info": {"title": app.title, "version": app.version},
-        "servers": {"this": {"host": request.url.netloc, "protocol": protocol, "security": security}},
-        "channels": {"ws": {"address": "/ws", "messages": contents}},
-        "operations": operations,
-        "components": {"schemas": schemas["$defs"]},
-    }
-
-
-@app.get("/asyncapi")
-async def page() -> HTMLResponse:
-    return HTMLResponse(PAGE)
-
-
-if LOCAL:
-    app.mount("/component", StaticFiles(directory=LOCAL))
 
 if __name__ == "__main__":
-    # Compression would cost 2 to 5 times the CPU, for clients that offer it, as browsers do.
-    uvicorn.run(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=1, ws_per_message_deflate=False)
+    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
+    uvicorn.main(["__main__:app", *options])

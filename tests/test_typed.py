@@ -1,27 +1,21 @@
-"""Messages with types: calls, replies, pushes and errors; and the documentation made from their models."""
+"""Messages with types: calls, replies, pushes, errors, and questions from the server."""
 
-import base64
-import hashlib
+import asyncio
 import json
-import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AsyncExitStack
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
-from playwright.async_api import async_playwright, expect
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import InvalidStatus
 
+from lessons.typed_server import Call, Client, Router
 from tests.checks import Leaving, check_foreign_page_is_refused
 from tests.harness import (
-    ROOT,
+    SLOWNESS,
     TIMEOUT,
     Server,
     arrived,
@@ -35,21 +29,14 @@ from tests.harness import (
     vanish,
     write,
 )
-from tests.test_playground import CHROMIUM, FLAGS
 
-TYPESCRIPT = ROOT / "tests" / "typescript"
-MODULES = TYPESCRIPT / "node_modules"
-COMPONENT = MODULES / "@asyncapi" / "react-component"
-BIN = Path(sys.executable).parent
-TSC = str(MODULES / "typescript" / "bin" / "tsc")
-NODE = shutil.which("node", path=str(BIN)) or "node"
 MEGABYTE = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
 def boards() -> Iterator[Server]:
-    """The lesson, with a router of another file whose handlers go wrong, and a copy of the component."""
-    env = {"ASYNCAPI_COMPONENT": str(COMPONENT)}
+    """The lesson, with routers of other files: handlers that go wrong, and questions."""
+    env = {"ANSWER_TIMEOUT": str(SLOWNESS)}
     with running(uvicorn_command("tests.typed_more:app"), env=env) as server:
         yield server
 
@@ -128,28 +115,20 @@ async def test_a_burst_cuts_nobody_off(boards: Server) -> None:
         ("9" * 100_000, None, [], "Invalid JSON: number out of range"),
         ('{"id": 1, "type": "\\ud800"}', None, [], "Invalid JSON: "),
         ('"echo"', None, [], "should be an object"),
-        ('{"id": 1, "text": "x"}', 1, [], "Unable to extract tag"),
-        (
-            '{"id": 2, "type": "ech"}',
-            2,
-            [],
-            "does not match any of the expected tags: 'watch', 'post', 'echo'",
-        ),
-        ('{"id": 3, "type": "%s"}' % ("x" * 100_000), 3, [], "Input tag 'xxx"),
-        ('{"id": 4, "type": {}}', 4, [], "Input tag '{}'"),
-        ('{"id": 5, "type": "echo"}', 5, ["echo", "text"], "Field required"),
-        ('{"id": 6, "type": "watch", "board": "lost"}', 6, ["watch", "board"], "should be 'news' or 'jobs'"),
-        (
-            '{"id": 7, "type": "post", "board": "news", "text": ""}',
-            7,
-            ["post", "text"],
-            "at least 1 character",
-        ),
-        ('{"type": "fail"}', None, ["fail", "id"], "Field required"),
-        ('{"id": "1", "type": "fail"}', None, ["fail", "id"], "should be a valid integer"),
-        ('{"id": true, "type": "fail"}', None, ["fail", "id"], "should be a valid integer"),
-        ('{"id": 9007199254740992, "type": "fail"}', None, ["fail", "id"], "less than 9007199254740992"),
-        ('{"id": -1, "type": "fail"}', None, ["fail", "id"], "greater than or equal to 0"),
+        ('{"id": 1, "text": "x"}', 1, ["type"], "Field required"),
+        ('{"id": 2, "type": "ech"}', 2, ["type"], "not one of watch, post, user.answer, echo, fail"),
+        ('{"id": 3, "type": "%s"}' % ("x" * 100_000), 3, ["type"], "not one of watch, "),
+        ('{"id": 4, "type": {}}', 4, ["type"], "should be a valid string"),
+        ('{"id": 5, "type": "echo"}', 5, ["text"], "Field required"),
+        ('{"id": 6, "type": "watch", "board": "lost"}', 6, ["board"], "should be 'news' or 'jobs'"),
+        ('{"id": 7, "type": "post", "board": "news", "text": ""}', 7, ["text"], "at least 1 character"),
+        ('{"id": 8, "type": "answer", "yes": true}', 8, ["type"], "user.answer"),
+        ('{"id": 9, "type": "user.answer"}', 9, ["yes"], "Field required"),
+        ('{"type": "fail"}', None, ["id"], "Field required"),
+        ('{"id": "1", "type": "fail"}', None, ["id"], "should be a valid integer"),
+        ('{"id": true, "type": "fail"}', None, ["id"], "should be a valid integer"),
+        ('{"id": 9007199254740992, "type": "fail"}', None, ["id"], "less than 9007199254740992"),
+        ('{"id": -1, "type": "fail"}', None, ["id"], "greater than or equal to 0"),
     ],
     ids=lambda value: value[:45] if isinstance(value, str) else None,
 )
@@ -227,9 +206,7 @@ async def test_who_does_not_read_is_cut_off_and_delays_nobody(boards: Server) ->
             for call in calls:
                 assert json.loads(await receive(poster))["id"] == call["id"]
                 assert json.loads(await receive(reader))["text"] == text
-        cut = (
-            f"client 127.0.0.1:{stuck.local_address[1]} closed with 1013: you read too slowly: connect again"
-        )
+        cut = f"127.0.0.1:{stuck.local_address[1]} closed with 1013: you read too slowly: connect again"
         await until(lambda: cut in boards.log[mark:], "the stuck one to be cut off")
         assert (await ask(poster, id=1, type="post", board="jobs", text="x"))["count"] == 1
         assert boards.rss() - before < 8 * MEGABYTE  # of the 15 that were sent to it
@@ -268,18 +245,100 @@ async def test_who_is_killed_watches_no_more(boards: Server, leave: Leaving) -> 
     assert "Traceback" not in boards.log[mark:]
 
 
-async def test_a_foreign_page_is_refused() -> None:
-    """As in server.py. And where there is a TOKEN, so is who does not bring it; the documentation says so."""
-    with running(uvicorn_command("lessons.typed_server:app"), env={"TOKEN": "geheim"}) as server:
-        for token in ({}, {"Authorization": "Bearer falsch"}, {"Authorization": "geheim"}):
-            with pytest.raises(InvalidStatus, match="HTTP 403"):
-                async with client(server, "/ws", additional_headers=token):
-                    pass
-        headers = {"Authorization": "Bearer geheim"}
-        async with client(server, "/ws", additional_headers=headers) as websocket:
-            assert (await ask(websocket, id=1, type="watch", board="news"))["count"] == 1
-        await check_foreign_page_is_refused(server, "/ws", "http://example.com")
-        assert document(server)["servers"]["this"]["security"] == [{"type": "http", "scheme": "bearer"}]
+@pytest.mark.parametrize("path", ["/ws", "/boards/news"])
+async def test_a_foreign_page_is_refused(plain: Server, path: str) -> None:
+    """As in server.py. A page may not push a message over HTTP either."""
+    if path == "/ws":
+        await check_foreign_page_is_refused(plain, path, "http://example.com")
+    else:
+        assert http(plain, path, {"text": "x"}, Origin="http://example.com")[0] == 403
+        assert http(plain, path, {"text": "x"}, Origin=plain.url("", "http"))[0] == 200
+
+
+# Pushes and questions from the server
+
+
+def http(server: Server, path: str, body: object, **headers: str) -> tuple[int, Any]:
+    """Post JSON. Return the status and the JSON that comes back."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+    try:
+        headers["Content-Type"] = "application/json"
+        connection.request("POST", path, json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+async def test_an_http_route_pushes_to_a_topic(boards: Server) -> None:
+    """Its subscribers get the message, and nobody else."""
+    async with client(boards, "/ws") as one, client(boards, "/ws") as other:
+        await ask(one, id=1, type="watch", board="news")
+        await ask(other, id=1, type="watch", board="jobs")
+        answer = await asyncio.to_thread(http, boards, "/boards/news", {"text": "ä"})
+        assert answer == (200, {"watchers": 1})
+        note = {"type": "note", "board": "news", "author": "the server", "text": "ä"}
+        assert [json.loads(text) for text in await arrived(one)] == [note]
+        assert await arrived(other) == []
+
+
+async def asked(websocket: ClientConnection) -> int:
+    """Wait for a question. Return its id."""
+    question = json.loads(await receive(websocket))
+    assert (question["type"], question["text"]) == ("question", "Shall we?")
+    number: int = question["id"]
+    return number
+
+
+async def test_the_server_asks_its_clients(boards: Server) -> None:
+    """An answer counts for the question with its id, and only from the client that was asked.
+
+    A client that does not answer in time counts for nothing, and an answer that comes too late is ignored.
+    """
+    mark = len(boards.log)
+    async with AsyncExitStack() as stack:
+        yes, no, silent, stranger = [await stack.enter_async_context(client(boards, "/ws")) for _ in range(4)]
+        for websocket in (yes, no, silent):
+            await ask(websocket, id=1, type="watch", board="jobs")
+        path = "/boards/jobs/questions"
+        posting = asyncio.create_task(asyncio.to_thread(http, boards, path, {"text": "Shall we?"}))
+        numbers = {websocket: await asked(websocket) for websocket in (silent, no, yes)}
+        assert len(set(numbers.values())) == 3
+        answer = {"type": "user.answer", "yes": True}
+        await stranger.send(json.dumps({**answer, "id": numbers[silent]}))
+        await no.send(json.dumps({**answer, "id": numbers[no], "yes": False}))
+        await yes.send(json.dumps({**answer, "id": numbers[yes]}))
+        await yes.send(json.dumps({**answer, "id": numbers[yes], "yes": False}))
+        assert await posting == (200, {"yes": 1, "no": 1})
+        await silent.send(json.dumps({**answer, "id": numbers[silent]}))
+        for websocket in (yes, no, silent, stranger):
+            await lives_on(websocket)
+    assert "Traceback" not in boards.log[mark:]
+
+
+async def test_a_handler_that_asks_its_own_client_fails_at_once(boards: Server) -> None:
+    """The server reads no answer while the handler runs, so it must not wait for one."""
+    mark = len(boards.log)
+    async with client(boards, "/ws") as websocket:
+        error = await ask(websocket, id=5, type="ask")
+        assert (error["id"], error["reason"]) == (5, "the server failed")
+    assert "RuntimeError: a handler cannot wait for its own client" in boards.log[mark:]
+
+
+def test_a_router_adds_its_prefix_and_that_of_the_router_that_includes_it() -> None:
+    """Two handlers for one type are refused when the server starts."""
+    inner, outer = Router(prefix="user."), Router(prefix="v1.")
+
+    @inner.on("rename")
+    async def rename(call: Call, client: Client) -> None:
+        pass
+
+    outer.include(inner)
+    assert list(inner.handlers) == ["user.rename"]
+    assert list(outer.handlers) == list(outer.models) == ["v1.user.rename"]
+    for twice in (lambda: outer.include(inner), lambda: inner.on("rename")):
+        with pytest.raises(ValueError, match="rename has a handler already"):
+            twice()
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "while a handler runs"])
@@ -299,141 +358,3 @@ async def test_ctrl_c(busy: bool) -> None:
                 await websocket.wait_closed()
                 assert websocket.close_code == 1012
         assert "Traceback" not in server.log
-
-
-# The documentation
-
-
-def document(server: Server) -> dict[str, Any]:
-    status, kind, body = server.get("/asyncapi.json")
-    assert (status, kind) == (200, "application/json")
-    return json.loads(body)  # type: ignore[no-any-return]
-
-
-def test_the_official_parser_takes_the_document(boards: Server) -> None:
-    """Without a warning; and it refuses one that is broken, wherever that may be."""
-    text = json.dumps(document(boards))
-    breaks = {
-        ('"action": "receive"', '"action": "subscribe"'): "operations.Watch.action: ",
-        ('"$ref": "#/components/schemas/Detail"', '"$ref": "#/components/schemas/No"'): "does not exist",
-        ('"type": "integer"', '"type": "whole"'): "components.schemas.",
-        ('"$message.payload#/id"', '"id"'): "correlationId.location: ",
-        ('"protocol": "ws", ', ""): 'must have required property "protocol"',
-    }
-    texts = [text, *(text.replace(old, new) for old, new in breaks)]
-    assert text not in texts[1:]
-    found, *broken = json.loads(
-        subprocess.check_output(
-            [NODE, "validate.mjs"], cwd=TYPESCRIPT, input=json.dumps([*map(json.loads, texts)]), text=True
-        )
-    )
-    assert not found
-    for errors, says in zip(broken, breaks.values(), strict=True):
-        assert any(says in error for error in errors), errors
-
-
-def test_the_document_says_what_is_received_replied_and_sent(boards: Server) -> None:
-    """From the server's point of view; also of a router in another file."""
-    spec = document(boards)
-    assert spec["servers"]["this"] == {"host": f"127.0.0.1:{boards.port}", "protocol": "ws", "security": []}
-
-    def names(operation: dict[str, Any]) -> list[str]:
-        return [message["$ref"].removeprefix("#/channels/ws/messages/") for message in operation["messages"]]
-
-    received = {
-        tuple(names(operation)): names(operation["reply"])
-        for operation in spec["operations"].values()
-        if operation["action"] == "receive"
-    }
-    assert received == {
-        ("Watch",): ["Watchers", "Error"],
-        ("Post",): ["Watchers", "Error"],
-        ("Echo",): ["Echoed", "Error"],
-        ("Fail",): ["Echoed", "Error"],
-        ("Sleep",): ["Echoed", "Error"],
-    }
-    sent = [names(operation) for operation in spec["operations"].values() if operation["action"] == "send"]
-    assert sent == [["Note"], ["Error"]]
-    assert spec["operations"]["Echo"]["summary"] == "Say it again."
-    post = spec["components"]["schemas"]["Post"]
-    assert post["properties"]["text"] == {"type": "string", "minLength": 1, "maxLength": 1000}
-    assert post["required"] == ["id", "type", "board", "text"]
-    assert spec["components"]["schemas"]["Note"]["required"] == ["type", "board", "author", "text"]
-
-
-def run(*command: str) -> tuple[int, str]:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_types_are_made_from_the_document(plain: Server, tmp_path: Path) -> None:
-    """The README's command makes the types that lie beside the client, which runs against the server."""
-    readme = (ROOT / "lessons" / "typed_server.md").read_text()
-    [command] = re.findall(r"^(python -c .*json2ts.*)$", readme, re.MULTILINE)
-    made = tmp_path / "made.mts"
-    command = command.replace("127.0.0.1:8000", f"127.0.0.1:{plain.port}")
-    command = command.replace("tests/typescript/messages.mts", str(made))
-    code, says = run("bash", "-c", f"set -o pipefail; PATH={BIN}:$PATH; {command}")
-    assert code == 0, says
-    assert made.read_text() == (TYPESCRIPT / "messages.mts").read_text()
-    printed = run(NODE, "tests/typescript/client.mts", plain.url("/ws"))
-    assert printed == (0, "watchers: 1\nnews: hello from TypeScript\n")
-
-
-def test_the_types_find_mistakes(tmp_path: Path) -> None:
-    """`tsc --strict` accepts the client, and finds a wrong board and a forgotten message."""
-    (tmp_path / "messages.mts").symlink_to(TYPESCRIPT / "messages.mts")
-    text = (TYPESCRIPT / "client.mts").read_text()
-    for old, new in {
-        'type: "post", board: "news"': 'type: "post", board: "nws"',
-        '    case "note":\n      return show(message);\n': "",
-    }.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "broken.mts").write_text(text)
-    settings = {
-        "extends": str(TYPESCRIPT / "tsconfig.json"),
-        "compilerOptions": {"typeRoots": [str(MODULES / "@types")]},
-        "files": [str(TYPESCRIPT / "client.mts"), "broken.mts"],
-    }
-    (tmp_path / "tsconfig.json").write_text(json.dumps(settings))
-    code, says = run(NODE, TSC, "-p", str(tmp_path))
-    assert code != 0
-    assert says.count(": error") == len(re.findall(r"broken\.mts\(\d+,\d+\): error", says)) == 2, says
-    assert "Type '\"nws\"' is not assignable" in says
-    assert "Type 'Note' does not satisfy the expected type 'never'" in says
-
-
-def test_the_lock_file_names_no_registry_but_npms() -> None:
-    lock = (TYPESCRIPT / "package-lock.json").read_text()
-    assert set(re.findall(r'"resolved": "(https?://[^/]*)', lock)) <= {"https://registry.npmjs.org"}
-
-
-def test_the_page_loads_the_component_from_a_cdn(plain: Server) -> None:
-    """Where no copy is given: the version that the tests have, and nothing but these very files."""
-    _, _, page = plain.get("/asyncapi")
-    version = json.loads((COMPONENT / "package.json").read_text())["version"]
-    url = f"https://cdn.jsdelivr.net/npm/@asyncapi/react-component@{version}/"
-    loaded = re.findall(rf'(?:href|src)="{re.escape(url)}(\S+)" crossorigin\s+integrity="sha384-(\S+)"', page)
-    assert len(loaded) == page.count("https://") == 2
-    for name, digest in loaded:
-        assert base64.b64encode(hashlib.sha384((COMPONENT / name).read_bytes()).digest()).decode() == digest
-
-
-@pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no browser here: install Chromium")
-async def test_the_page_shows_the_document(boards: Server) -> None:
-    """In a browser, from the local copy: all comes from this server, and its console stays empty."""
-    problems: list[str] = []
-    requested: list[str] = []
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = await browser.new_page()
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requested.append(request.url))
-        await page.goto(boards.url("/asyncapi", "http"))
-        for text in ("Show a note to all who watch a board.", "Say it again.", "Operation IDPost"):
-            await expect(page.get_by_text(text).first).to_be_visible(timeout=1000 * TIMEOUT)
-        await browser.close()
-    assert not problems
-    assert all(url.startswith((boards.url("/", "http"), "data:")) for url in requested), requested

@@ -1,21 +1,21 @@
-// A client for typed_server.py, whose messages' types were made from the server's documentation.
-// Run `node tests/typescript/client.mts` (22.18 or later): it watches a board, posts a note, and gets it.
+// A client for asyncapi_server.py. The types of its messages are made from the server's document.
+// Run `node tests/typescript/client.mts` (Node 22.18 or later): it posts a note, and reads the board.
 
-import type { Message, Note, Post, Watch, Watchers } from "./messages.mts";
+import type { Message, Note, Notes, Post, Read } from "./messages.mts";
 
-type Call = Watch | Post;
-type Unnumbered<C> = C extends Call ? Omit<C, "id"> : never; // of each call, not of what they have in common
+type Call = Read | Post;
+type Unnumbered<C> = C extends Call ? Omit<C, "id"> : never; // of each call, not only what they have in common
 
 const TIMEOUT = 5000; // milliseconds that a reply may take
 const socket = new WebSocket(process.argv[2] ?? "ws://127.0.0.1:8000/ws");
-const waiting = new Map<number, (reply: Watchers | Error) => void>(); // for a reply, by its id
+const waiting = new Map<number, (reply: Notes | Error) => void>(); // the calls without a reply, by id
 let calls = 0;
 
-function call(call: Unnumbered<Call>): Promise<Watchers> {
+function call(call: Unnumbered<Call>): Promise<Notes> {
   const id = ++calls;
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => settle(new Error("no reply")), TIMEOUT);
-    function settle(reply: Watchers | Error): void {
+    function settle(reply: Notes | Error): void {
       clearTimeout(timer);
       waiting.delete(id);
       reply instanceof Error ? reject(reply) : resolve(reply);
@@ -29,14 +29,14 @@ function receive(message: Exclude<Message, Call>): void {
   switch (message.type) {
     case "note":
       return show(message);
-    case "watchers":
+    case "notes":
       return waiting.get(message.id)?.(message);
     case "error":
       console.error(message.reason, message.details);
       if (message.id !== null) waiting.get(message.id)?.(new Error(message.reason));
       return;
     default:
-      message satisfies never; // a type that is not here is an error when this is compiled
+      message satisfies never; // the compiler finds a type that has no case
   }
 }
 
@@ -48,7 +48,7 @@ socket.onmessage = ({ data }) => receive(JSON.parse(data));
 socket.onerror = () => console.error("no connection");
 socket.onclose = () => waiting.forEach((settle) => settle(new Error("closed")));
 socket.onopen = async () => {
-  console.log("watchers:", (await call({ type: "watch", board: "news" })).count);
-  await call({ type: "post", board: "news", text: "hello from TypeScript" });
+  console.log("notes:", (await call({ type: "post", board: "news", text: "hello from TypeScript" })).count);
+  await call({ type: "read", board: "news" });
   socket.close();
 };

@@ -5,11 +5,11 @@
  * and run json-schema-to-typescript to regenerate this file.
  */
 
-export type Message = Watch | Post | Watchers | Note | Error;
+export type Message = Read | Post | Notes | Note | Error;
 
-export interface Watch {
+export interface Read {
   id: number;
-  type: "watch";
+  type: "read";
   board: "news" | "jobs";
 }
 export interface Post {
@@ -18,24 +18,21 @@ export interface Post {
   board: "news" | "jobs";
   text: string;
 }
-export interface Watchers {
+export interface Notes {
   id: number;
-  type: "watchers";
+  type: "notes";
   count: number;
 }
 export interface Note {
   type: "note";
   board: "news" | "jobs";
-  author: string;
   text: string;
 }
 export interface Error {
   type: "error";
   id: number | null;
   reason: string;
-  details: Detail[];
-}
-export interface Detail {
-  loc: (string | number)[];
-  msg: string;
+  details: {
+    [k: string]: unknown;
+  }[];
 }

@@ -374,8 +374,10 @@ class Channel:
                 mine: list[Any] = list(self.mine)
                 await self.call(self.redis.xclaim(STREAM, GROUP, WORKER, 0, mine, justid=True))
             age = CLAIM_AFTER * 1000  # milliseconds
-            dead = self.redis.xautoclaim(STREAM, GROUP, WORKER, age, count=10_000, justid=True)
-            self.give_back(await self.call(dead))
+            dead = self.redis.xautoclaim(STREAM, GROUP, RETURNED, age, count=10_000, justid=True)
+            if await self.call(dead):
+                change = self.redis.xadd(CHANGED, {"payloads": "dead"}, maxlen=1, approximate=False)
+                await self.call(change)
 
     async def keep_running(self, loop: Callable[[], Awaitable[None]]) -> None:
         """Run a loop. Whenever Redis fails, start it again."""

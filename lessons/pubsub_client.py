@@ -155,6 +155,8 @@ class PubSubClient:
                         self._answers[one].set_result(None)
             case {"type": "message", "topic": _}:
                 await self._inbox.put(message)
+            case {"type": "dropped", "count": None}:
+                log.warning("messages between the server's processes were lost")
             case {"type": "dropped", "count": count}:
                 log.warning("callbacks are too slow: %s messages were dropped", count)
             case {"type": "error", "reason": str(reason)}:

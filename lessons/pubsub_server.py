@@ -155,7 +155,13 @@ matcher = MQTTMatcher()
 
 def encode(message: dict[str, Any]) -> str:
     """Return the message as JSON. Raise ValueError if that is impossible, as for 1e999."""
-    text = json.dumps(message, ensure_ascii=False, allow_nan=False, default=to_jsonable_python)
+    text = json.dumps(
+        message,
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+        default=to_jsonable_python,
+    )
     text.encode()  # raises ValueError for half a surrogate pair
     return text
 

@@ -399,6 +399,7 @@ async def test_what_the_server_says_is_shown(browser: Browser) -> None:
     for message in (
         '{"type": "message", "topic": "chat/lobby/here", "data": {"name": "Ann"}, "from": "2"}',
         '{"type": "dropped", "count": 1200}',
+        '{"type": "dropped", "count": null}',
         '{"type": "error", "reason": "too <b>fast</b>"}',
         '{"type": "message", "topic": null, "data": {"stops": "at 5"}, "from": null}',
         '{"type": "unheard of"}',
@@ -407,6 +408,7 @@ async def test_what_the_server_says_is_shown(browser: Browser) -> None:
     await expect(window.notices).to_have_text(
         [
             "This page was too slow: 1,200 messages were dropped.",
+            "The server's processes lost touch: messages may be missing.",
             "The server: too <b>fast</b>",
             'To all: {"stops":"at 5"}',
         ]

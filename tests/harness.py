@@ -246,10 +246,13 @@ class Server:
             )
 
     def url(self, path: str, scheme: str = "ws") -> str:
-        """The address of a path. The tests of one queue use the room `kitchen`."""
+        return f"{scheme}://127.0.0.1:{self.port}{self.path(path)}"
+
+    def path(self, path: str) -> str:
+        """Where the server has the queue's path. If it has rooms, that is in the room `kitchen`."""
         if self.rooms and path.startswith((PRODUCER, CONSUMER)):
-            path = path.replace("/ws/", "/ws/kitchen/", 1)
-        return f"{scheme}://127.0.0.1:{self.port}{path}"
+            return path.replace("/ws/", "/ws/kitchen/", 1)
+        return path
 
     @property
     def log(self) -> str:

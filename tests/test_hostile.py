@@ -62,14 +62,16 @@ def shared(command: list[str]) -> Iterator[Server]:
 class RawClient:
     """A websocket client that sends exactly the bytes that a test wants."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.server = server
         self.reader = reader
         self.writer = writer
 
     async def shake_hands(self, path: str, headers: str = "") -> str:
         """Send a handshake and return the status line of the answer. Raises TimeoutError without one."""
         key = base64.b64encode(os.urandom(16)).decode()
-        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        request = f"GET {self.server.path(path)} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        request += "Upgrade: websocket\r\nConnection: Upgrade\r\n"
         request += f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n{headers}\r\n"
         self.writer.write(request.encode())
         async with asyncio.timeout(TIMEOUT / 3):
@@ -101,7 +103,7 @@ async def raw_client(server: Server, sock: socket.socket | None = None) -> Async
     else:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
-        yield RawClient(reader, writer)
+        yield RawClient(server, reader, writer)
     finally:
         writer.transport.abort()
 

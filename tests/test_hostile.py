@@ -43,7 +43,8 @@ OPTIONS += ["--ws", "lessons.robust_protocol:Protocol"]
 ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that does not read, and some
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+# rooms_server.py has the endpoints of server.py.
+@pytest.fixture(scope="module", params=[name for name in SERVERS if name != "rooms_server.py"])
 def command(request: pytest.FixtureRequest) -> list[str]:
     """The command of each server in turn, with OPTIONS, or with those of the environment."""
     options = os.environ["HOSTILE_OPTIONS"].split() if "HOSTILE_OPTIONS" in os.environ else OPTIONS

@@ -12,6 +12,7 @@ from websockets.asyncio.client import ClientConnection
 from lessons import ack_server
 from tests.harness import (
     ACKING,
+    SERVERS,
     Script,
     Server,
     consumer,
@@ -27,7 +28,7 @@ from tests.harness import (
 )
 
 MAX_DELIVERIES = 5
-pytestmark = pytest.mark.parametrize("command", ACKING, indirect=True)
+acking = pytest.mark.parametrize("command", ACKING, indirect=True)
 Leave = Callable[[ClientConnection], Awaitable[None]]
 
 
@@ -63,6 +64,7 @@ async def crash(server: Server, leave: Leave, expected: str, prefetch: int = 1) 
     await until(lambda: server.queued() + server.stats()["dead"] == before, "the payload to come back")
 
 
+@acking
 @pytest.mark.parametrize("leave", [vanish, reset, fail, send_nonsense])
 async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server, leave: Leave) -> None:
     """After MAX_DELIVERIES deliveries, the next consumer gets the payload behind it."""
@@ -79,6 +81,7 @@ async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server
     assert await drain(server) == payloads[:1]
 
 
+@acking
 async def test_payloads_that_were_prefetched_are_not_to_blame(server: Server) -> None:
     """Each consumer crashes with 100 payloads. Only the oldest is set aside, and the others come in order."""
     payloads = numbered(100)
@@ -92,6 +95,7 @@ async def test_payloads_that_were_prefetched_are_not_to_blame(server: Server) ->
     assert await drain(server) == payloads[:3]
 
 
+@acking
 async def test_an_acknowledged_payload_is_not_to_blame(server: Server) -> None:
     """The consumer was working on the payload behind it."""
     await produce(server, ["1", "2"])
@@ -108,6 +112,7 @@ async def test_an_acknowledged_payload_is_not_to_blame(server: Server) -> None:
     await drain(server)
 
 
+@acking
 @pytest.mark.parametrize("leave", [close, go_away])
 async def test_a_consumer_that_leaves_on_purpose_does_not_count(server: Server, leave: Leave) -> None:
     """It has finished nothing and broken nothing."""
@@ -118,7 +123,7 @@ async def test_a_consumer_that_leaves_on_purpose_does_not_count(server: Server, 
     assert await drain(server) == ["1"]
 
 
-async def test_a_payload_that_was_not_sent_is_not_to_blame(command: list[str]) -> None:
+async def test_a_payload_that_was_not_sent_is_not_to_blame() -> None:
     """If the oldest payload is still on its way, the consumer cannot be working on it."""
     unacknowledged = ack_server.Unacknowledged(prefetch=2)
     unacknowledged.sending_since = time.monotonic()
@@ -142,6 +147,7 @@ uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
 """
 
 
+@acking
 async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
     module, _, name = command[3].partition(":")[0].partition(".")
     program = [sys.executable, "-c", ONE_DELIVERY.format(module=module, name=name)]
@@ -156,6 +162,7 @@ async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
         assert await drain(server) == payloads
 
 
+@acking
 async def test_a_foreign_page_can_neither_read_nor_retry_dead_letters(server: Server) -> None:
     for method, path in (("GET", "/dead"), ("POST", "/dead/retry")):
         connection = HTTPConnection("127.0.0.1", server.port)
@@ -164,6 +171,7 @@ async def test_a_foreign_page_can_neither_read_nor_retry_dead_letters(server: Se
         connection.close()
 
 
+@acking
 async def test_a_script_that_is_killed_again_and_again(server: Server) -> None:
     """The client of the README prints the poison five times, and then the next payload."""
     await produce(server, ['"poison"', "1"])
@@ -178,3 +186,25 @@ async def test_a_script_that_is_killed_again_and_again(server: Server) -> None:
     assert await drain(server) == ["1"]
     server.retry()
     await drain(server)
+
+
+async def test_in_redis_counts_and_dead_letters_survive_a_restart() -> None:
+    """Three consumers fail on a payload before the restart, and two after it."""
+    command, env = SERVERS["redis_server.py"], {"REDIS_URL": shared_redis().url()}
+    with running(command, env=env) as server:
+        await produce(server, ["1", "2"])
+        for _ in range(3):
+            await crash(server, vanish, "1")
+        server.interrupt()
+        assert server.ends_within(2) is not None
+    with running(command, env=env) as server:
+        for _ in range(2):
+            assert dead(server) == []
+            await crash(server, vanish, "1")
+        assert dead(server) == [{"payload": "1", "deliveries": 5}]
+        server.kill()
+    with running(command, env=env) as server:
+        assert dead(server) == [{"payload": "1", "deliveries": 5}]
+        assert await drain(server) == ["2"]
+        assert server.retry() == 1
+        assert await drain(server) == ["1"]

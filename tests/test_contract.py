@@ -690,7 +690,7 @@ async def test_chaos_loses_and_doubles_nothing(server: Server, seed: int) -> Non
     sent: list[str] = []
 
     def all_arrived() -> bool:
-        if "dead" in server.stats():
+        if server.stats().get("dead"):
             server.retry()  # payloads with which five consumers happened to die
         return len(received) == len(sent)
 

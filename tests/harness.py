@@ -238,7 +238,8 @@ class Server:
         command, env = [*command, str(self.port)], {**os.environ, **env}
         self.process: subprocess.Popen[bytes] | Forked
         # In a session of its own, and so a process group, for what Ctrl+C does in a terminal.
-        if command[:3] == uvicorn_command("")[:3] and "--workers" not in command:
+        forks = command[:3] == uvicorn_command("")[:3] or command[:2] == [sys.executable, "-c"]
+        if forks and "--workers" not in command:
             self.process = Forked(command, ROOT, env, f"/proc/{os.getpid()}/fd/{self._log.fileno()}")
         else:
             self.process = subprocess.Popen(

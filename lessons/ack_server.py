@@ -25,16 +25,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import uvicorn
-from fastapi import (
-    Depends,
-    FastAPI,
-    HTTPException,
-    Query,
-    WebSocket,
-    WebSocketDisconnect,
-    WebSocketException,
-)
-from fastapi.exceptions import WebSocketRequestValidationError
+from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException, WebSocketRequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection

@@ -28,16 +28,8 @@ from types import FrameType
 from typing import Annotated, Any, NamedTuple
 
 import uvicorn
-from fastapi import (
-    Depends,
-    FastAPI,
-    Header,
-    HTTPException,
-    Request,
-    WebSocket,
-    WebSocketDisconnect,
-    WebSocketException,
-)
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic_core import from_json
@@ -116,7 +108,7 @@ class Stream:
         return {"epoch": self.epoch, **offsets, "recovered": recovered}
 
     def resume(self, after: str | None) -> tuple[int, bool]:
-        """Return where a consumer goes on, and whether all events from there on are kept.
+        """Return a consumer's next offset, and whether the log still has all events from there on.
 
         `after` is EPOCH:OFFSET, or 0 for all events, or None for new events only. Raise ValueError
         if it is anything else.
@@ -157,7 +149,7 @@ def stop() -> None:
 
 
 def listen_to_signals() -> None:
-    """Call stop() when uvicorn is told to stop. Nothing else tells an HTTP response that it must end."""
+    """Call stop() when uvicorn is told to stop. Nothing else tells an HTTP response to end."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         # This is uvicorn's handler, which must run, too.
@@ -257,7 +249,7 @@ async def producer(websocket: WebSocket, stream: str) -> None:
             # The receipt. The event is kept, even if the producer has left meanwhile.
             with suppress(*GONE):
                 await websocket.send_text(payload)
-            # A fast producer does not pause above. Let the consumers read before events are dropped.
+            # A fast producer does not pause above. Let the consumers read before events drop out.
             if target.next % BURST == 0:
                 await asyncio.sleep(0)
 
@@ -398,7 +390,7 @@ async def index() -> Response:
     page = Path(__file__).parent.parent / "web/log.html"
     if page.exists():
         return FileResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
-    return PlainTextResponse("A log: send to /ws/STREAM/producer, receive from /ws/STREAM/consumer.")
+    return PlainTextResponse("A log: send to /ws/STREAM/producer, read from /ws/STREAM/consumer.")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ if #rows < most then
 end
 return entries
 """
-# The group's own counter is 1 at the first delivery. A payload is never in both Streams, nor in none.
+# The group's own counter is 1 at the first delivery. A payload is always in exactly one of the two
+# Streams.
 FAIL = """
 local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
 local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -289,9 +290,11 @@ class Channel:
     async def dead(self) -> list[dict[str, Any]]:
         """Return the dead letters, oldest first, at most 100."""
         letters = await self.call(self.redis.xrange(DEAD, count=100))
-        return [
-            {"payload": letter["payload"], "deliveries": int(letter["deliveries"])} for _, letter in letters
-        ]
+        dead = []
+        for _, letter in letters:
+            deliveries = int(letter["deliveries"])
+            dead.append({"payload": letter["payload"], "deliveries": deliveries})
+        return dead
 
     async def retry(self) -> int:
         """Put the dead letters back, at the end of the queue, and count them."""

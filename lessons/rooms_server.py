@@ -22,14 +22,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
-from fastapi import (
-    Depends,
-    FastAPI,
-    HTTPException,
-    WebSocket,
-    WebSocketDisconnect,
-    WebSocketException,
-)
+from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 

@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = ["fastapi>=0.115.10", "psutil>=6", "pytest>=8", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Test a websocket server: copy this file beside your own server, and run `pytest test_your_copy.py`.
+"""Test a websocket server: copy this file beside your server, and run `pytest test_your_copy.py`.
 
 Each test runs the app in a real uvicorn, in a process of its own, and connects real clients to it.
-Every wait has a deadline, so a test fails where a server hangs. Change APP and the paths to yours.
+Every wait has a deadline, so a test fails if the server hangs. Change APP and the paths to yours.
 """
 
 import signal
@@ -44,8 +44,11 @@ class Server:
         command += ["--timeout-graceful-shutdown", "1"]
         with log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
-        wait_for(lambda: "Uvicorn running" in log.read_text() or self.process.poll() is not None, "the start")
+        wait_for(self.started_or_ended, "the server to start")
         assert self.process.poll() is None, log.read_text()
+
+    def started_or_ended(self) -> bool:
+        return "Uvicorn running" in self.log.read_text() or self.process.poll() is not None
 
     def connect(self, path: str) -> ClientConnection:
         return connect(f"ws://127.0.0.1:{self.port}{path}", proxy=None, close_timeout=DEADLINE)

@@ -250,7 +250,7 @@ class Server:
         return f"{scheme}://127.0.0.1:{self.port}{self.path(path)}"
 
     def path(self, path: str) -> str:
-        """Where the server has the queue's path. If it has rooms, that is in the room `kitchen`."""
+        """Return the path of a queue on this server. If the server has rooms, use the room `kitchen`."""
         if self.rooms and path.startswith((PRODUCER, CONSUMER)):
             return path.replace("/ws/", "/ws/kitchen/", 1)
         return path

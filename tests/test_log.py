@@ -413,7 +413,7 @@ async def test_an_event_source_that_leaves_is_noticed(server: Server) -> None:
 
 
 async def test_a_stream_too_many_is_refused_until_one_expires() -> None:
-    with running(program(MAX_STREAMS=2, EXPIRE=0.5)) as server:
+    with running(program(MAX_STREAMS=2, EXPIRE=3)) as server:
         await produce(server, "unused", ["1"])
         async with consumer(server, "used") as taker:
             async with client(server, "/ws/third/consumer") as refused:
@@ -430,7 +430,7 @@ async def test_a_stream_too_many_is_refused_until_one_expires() -> None:
                 return found
 
             assert streams() == {"unused", "used"}
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(3.1)  # what was not used for 3 s has expired
             await produce(server, "third", ["1"])
             assert streams() == {"used", "third"}
             await produce(server, "used", ["1"])

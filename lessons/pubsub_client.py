@@ -11,7 +11,8 @@
     async with PubSubClient("ws://127.0.0.1:8000/ws") as client:
         await client.subscribe("sensors/+/temp", on_message)
 
-When the server goes away, this waits for it and subscribes again. At most once: what comes meanwhile is lost.
+When the connection breaks, the client connects and subscribes again. Delivery is at most once: what
+is published in between is lost.
 """
 
 import argparse
@@ -19,8 +20,9 @@ import asyncio
 import json
 import logging
 import os
+import random
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Self
@@ -34,29 +36,33 @@ if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 TIMEOUT = 10  # seconds to wait for an answer
-INBOX = 1000  # messages that wait for a slow callback; then the server's buffer fills, and it drops some
-PAUSE = 1  # seconds between a connection that was closed and the next
-LOCAL = "localhost", "127.0.0.1", "::1"
+INBOX = 1000  # messages that wait for a slow callback; then the client stops reading
+MAX_PAUSE = 8  # seconds between a connection that was closed and the next
+LOCAL = ("localhost", "127.0.0.1", "::1")
 log = logging.getLogger(__name__)
-Message = dict[str, Any]  # topic, data, and from: the id of who published it
+Message = dict[str, Any]  # topic, data, and from: the publisher's id
 Callback = Callable[[Message], object]  # async or not
 
 
 class PubSubClient:
-    """A connection that is made again when it breaks; methods wait for it. Callbacks run one by one."""
+    """A connection that is made again when it breaks. Its methods wait until it is there."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        self.id = ""  # of this connection: what others send() to it comes to on_direct()
-        self.on_direct: Callback = log.info
+        self.id = ""  # of this connection; others can send() to it
+        self.on_direct: Callback = log.info  # gets what others send() to our id
         self.on_error: Callable[[str], object] = log.error  # gets the reason of a refusal
-        self._url, self._token, self._ready = url, token, asyncio.Event()
+        self._url = url
+        self._token = token
+        self._ready = asyncio.Event()
         self._subscriptions: list[tuple[str, Callback]] = []
         self._answers: dict[str, asyncio.Future[None]] = {}  # to subscribe(), by topic
         self._inbox: asyncio.Queue[Message] = asyncio.Queue(INBOX)
 
     async def __aenter__(self) -> Self:
-        self.closed = asyncio.create_task(self._run())  # ends with an exception where there is no way back
-        self.closed.add_done_callback(lambda _: self._ready.set())  # nobody is to wait any longer
+        # This ends only with an exception: if it makes no sense to connect again.
+        self.closed = asyncio.create_task(self._run())
+        # Nobody must then wait for a connection any longer.
+        self.closed.add_done_callback(lambda _: self._ready.set())
         self._caller = asyncio.create_task(self._call_back())
         return self
 
@@ -66,41 +72,37 @@ class PubSubClient:
         await asyncio.gather(self.closed, self._caller, return_exceptions=True)
 
     async def wait_until_ready(self) -> None:
-        """Wait until there is a connection, and the server was told all subscriptions."""
+        """Wait until there is a connection and the server was told all subscriptions."""
         await self._ready.wait()
         if self.closed.done():
             self.closed.result()
 
     async def subscribe(self, topic: str | list[str], callback: Callback) -> None:
-        """Call back with each message that matches: once, also where several of its filters match.
+        """Call `callback` with each message that matches, once even if several filters match.
 
-        Returns when the server has subscribed us to all of a list's topics, of which there are 1,000 at most.
-        Raises ValueError for what is no filter, or TimeoutError.
+        `topic` is a filter, or a list of at most 1,000. Return when the server has confirmed them
+        all. Raise ValueError if one is no filter, and TimeoutError after TIMEOUT seconds.
         """
         topics = [topic] if isinstance(topic, str) else topic
         for one in topics:
-            levels = one.split("/")
-            if (
-                not one
-                or "#" in levels[:-1]
-                or any({"+", "#"} & set(level) and level[1:] for level in levels)
-            ):
-                raise ValueError(f"not a topic filter (MQTT 5, section 4.7): {one}")
-        self._subscriptions += [(one, callback) for one in topics]
-        loop = asyncio.get_running_loop()
-        answers = [self._answers.setdefault(one, loop.create_future()) for one in topics]
+            check_filter(one)
+        for one in topics:
+            self._subscriptions.append((one, callback))
+            self._answers.setdefault(one, asyncio.get_running_loop().create_future())
+        answers = [self._answers[one] for one in topics]
         await self._tell(type="subscribe", topic=topic)
-        answer = asyncio.ensure_future(asyncio.wait(answers))
-        done, _ = await asyncio.wait([answer, self.closed], timeout=TIMEOUT, return_when="FIRST_COMPLETED")
-        answer.cancel()
-        if self.closed in done:
+        answered = asyncio.ensure_future(asyncio.wait(answers))
+        either = [answered, self.closed]
+        await asyncio.wait(either, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if self.closed.done():
             self.closed.result()
-        if not done:
+        if not answered.done():
+            answered.cancel()
             raise TimeoutError(f"no answer to the subscription to {topic}")
 
     async def unsubscribe(self, topic: str | list[str]) -> None:
-        topics = {topic} if isinstance(topic, str) else set(topic)
-        self._subscriptions = [(wanted, call) for wanted, call in self._subscriptions if wanted not in topics]
+        topics = [topic] if isinstance(topic, str) else topic
+        self._subscriptions = [entry for entry in self._subscriptions if entry[0] not in topics]
         for one in topics:
             self._answers.pop(one, None)
         await self._tell(type="unsubscribe", topic=topic)
@@ -114,40 +116,51 @@ class PubSubClient:
 
     async def _tell(self, **command: Any) -> None:
         await self.wait_until_ready()
-        with suppress(ConnectionClosed):  # _run() hears of it too
+        # If the connection breaks, _run() connects again.
+        with suppress(ConnectionClosed):
             await self._websocket.send(json.dumps(command, allow_nan=False))
 
     async def _run(self) -> None:
-        def retry(error: Exception) -> Exception | None:
-            refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
-            return None if self.id and not refused else error  # None: try again
-
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
-        # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
-        proxy = None if urlsplit(self._url).hostname in LOCAL else True
-        options: Any = {"additional_headers": headers, "max_size": None, "close_timeout": 1, "proxy": proxy}
-        async for websocket in connect(self._url, process_exception=retry, **options):
+        """Connect, and connect again whenever the connection breaks."""
+        connecting = connect(
+            self._url,
+            # HTTP_PROXY is for other machines: a proxy would look for 127.0.0.1 on its own machine.
+            proxy=None if urlsplit(self._url).hostname in LOCAL else True,
+            additional_headers={"Authorization": f"Bearer {self._token}"} if self._token else None,
+            process_exception=give_up,
+            close_timeout=1,
+            max_size=None,
+        )
+        failures = 0
+        async for websocket in connecting:
+            # The server exists. If it goes away from now on, wait for it.
+            connecting.process_exception = keep_trying
             self._websocket = websocket
             try:
                 with suppress(ConnectionClosed):
                     async for text in websocket:
-                        await self._hear(json.loads(text))
+                        await self._handle(json.loads(text))
+                        failures = 0
             finally:
                 self._ready.clear()
                 await websocket.close()
-            closed = f"closed with {websocket.close_code}: {websocket.close_reason or 'the server went away'}"
-            if websocket.close_code == 1008:  # policy violation: the next connection would end like this one
+            reason = websocket.close_reason or "the server went away"
+            closed = f"closed with {websocket.close_code}: {reason}"
+            # 1008 is a policy violation: the next connection would end in the same way.
+            if websocket.close_code == 1008:
                 raise PermissionError(closed)
             log.warning("%s; connecting again", closed)
-            await asyncio.sleep(PAUSE)
+            failures += 1
+            await asyncio.sleep(pause(failures))
 
-    async def _hear(self, message: Message) -> None:
+    async def _handle(self, message: Message) -> None:
         match message:
             case {"type": "welcome", "id": str(name)}:
                 for topic in {topic for topic, _ in self._subscriptions}:
                     await self._websocket.send(json.dumps({"type": "subscribe", "topic": topic}))
                 self.id = name
-                log.info("connected as %s to process %s on %s", name, message["pid"], message["host"])
+                place = (message["pid"], message["host"])
+                log.info("connected as %s to process %s on %s", name, *place)
                 self._ready.set()
             case {"type": "subscribed", "topic": topic}:
                 for one in [topic] if isinstance(topic, str) else topic:
@@ -163,25 +176,61 @@ class PubSubClient:
                 self.on_error(reason)
 
     async def _call_back(self) -> None:
+        """Call the callbacks, one after another, in a task of their own: they may subscribe."""
         while True:
             message = await self._inbox.get()
-            callbacks, topic = [self.on_direct], message["topic"]
-            if topic is not None:
-                callbacks = [call for want, call in self._subscriptions if topic_matches_sub(want, topic)]
-            for callback in dict.fromkeys(callbacks):
+            for callback in self._callbacks(message["topic"]):
                 try:
-                    if isinstance(result := callback(message), Awaitable):
+                    result = callback(message)
+                    if isinstance(result, Awaitable):
                         await result
                 except Exception:
-                    log.exception("a callback failed, with a message of %s", topic)
+                    log.exception("a callback failed, with a message of %s", message["topic"])
+
+    def _callbacks(self, topic: str | None) -> list[Callback]:
+        """Return what to call for a message, each callback once."""
+        if topic is None:
+            return [self.on_direct]
+        found = [call for wanted, call in self._subscriptions if topic_matches_sub(wanted, topic)]
+        return list(dict.fromkeys(found))
+
+
+def give_up(error: Exception) -> Exception:
+    """Tell connect() to raise the error."""
+    return error
+
+
+def keep_trying(error: Exception) -> Exception | None:
+    """Tell connect() to try again, unless the server refused the connection."""
+    refused = isinstance(error, InvalidStatus) and error.response.status_code < 500
+    return error if refused else None
+
+
+def pause(failures: int) -> float:
+    """Return how long to wait before the next connection, in seconds.
+
+    The pause is random, so that clients do not all come back at once. It grows with each failure.
+    """
+    return random.uniform(0, min(2**failures, MAX_PAUSE))
+
+
+def check_filter(topic: str) -> None:
+    """Raise ValueError if this is not a topic filter (MQTT 5, section 4.7)."""
+    levels = topic.split("/")
+    mixed = any(len(level) > 1 and ("+" in level or "#" in level) for level in levels)
+    if not topic or mixed or "#" in levels[:-1]:
+        raise ValueError(f"not a topic filter (MQTT 5, section 4.7): {topic}")
+
+
+# The rest is the command. You do not need it in your own program.
 
 
 def show(message: Message) -> None:
     try:
         print(json.dumps(message, ensure_ascii=False), flush=True)
     except BrokenPipeError:
-        # The reader of our output has left, as in `| head -1`. In a task of asyncio, sys.exit() is not
-        # clean: Python 3.14 prints what it interrupts.
+        # The reader of our output has left, as in `| head -1`. In a task of asyncio, sys.exit() is
+        # not clean: Python 3.14 prints what it interrupts.
         os._exit(0)
 
 
@@ -193,31 +242,48 @@ async def run(args: argparse.Namespace) -> None:
             client.on_direct = show
             await client.subscribe([args.topic, *args.more], show)
             await client.closed
-        texts: Any = iter(filter(bytes.strip, sys.stdin.buffer) if args.more in ([], ["-"]) else args.more)
-        loop, thread, echo = asyncio.get_running_loop(), ThreadPoolExecutor(), asyncio.Queue[Message]()
+        echo: asyncio.Queue[Message] = asyncio.Queue()
         client.on_direct = echo.put_nowait
-        while (text := await loop.run_in_executor(thread, next, texts, None)) is not None:
+        async for text in in_thread(texts_to_publish(args.more)):
             await client.publish(args.topic, json.loads(text))
-            await client.send(client.id, "done")  # to ourselves: it comes behind an error
+            # Send a message to ourselves. If the publish was refused, the error comes first.
+            await client.send(client.id, "done")
             await asyncio.wait_for(echo.get(), TIMEOUT)
+
+
+def texts_to_publish(arguments: list[str]) -> Iterator[str | bytes]:
+    """Yield the arguments. If there are none, or only -, yield the lines of stdin."""
+    if arguments in ([], ["-"]):
+        yield from filter(bytes.strip, sys.stdin.buffer)
+    else:
+        yield from arguments
+
+
+async def in_thread(texts: Iterator[str | bytes]) -> AsyncIterator[str | bytes]:
+    """Read in a thread, so that the connection stays alive while nobody types."""
+    loop = asyncio.get_running_loop()
+    thread = ThreadPoolExecutor(1)
+    while (text := await loop.run_in_executor(thread, next, texts, None)) is not None:
+        yield text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Subscribe and publish to pubsub_server.py.")
     parser.add_argument("command", choices=["subscribe", "publish"])
     parser.add_argument("topic")
-    parser.add_argument("more", nargs="*", help="more topics; or JSON to publish, - for lines of stdin")
+    parser.add_argument("more", nargs="*", help="more topics, or JSON to publish (-: from stdin)")
     parser.add_argument("--url", default="ws://127.0.0.1:8000/ws")
-    parser.add_argument("--token", help="for a server that asks who one is")
+    parser.add_argument("--token", help="for a server that asks for one")
     args = parser.parse_intermixed_args()
     logging.basicConfig(format="%(message)s")
     try:
         asyncio.run(run(args))
     except KeyboardInterrupt:
-        os._exit(130)  # sys.exit() would wait until the thread has read its line
+        # sys.exit() would wait until the thread has read its line.
+        os._exit(130)
     except json.JSONDecodeError as error:
         sys.exit(f"not JSON: {error.doc:.60}")
-    except RecursionError:  # of which each Python says something else
+    except RecursionError:
         sys.exit("not JSON: nested too deep")
     except (OSError, ValueError, WebSocketException) as error:
         sys.exit(f"{args.url}: {str(error) or 'no answer'}")

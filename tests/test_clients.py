@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 import ws_consumer_client
 import ws_producer_client
+from lessons import pubsub_client
 from tests import harness
 from tests.harness import (
     CONSUMER,
@@ -469,7 +470,7 @@ async def test_a_consumer_says_that_it_is_waiting(relay: Server, start: Start) -
     assert consumer.out == ""
 
 
-@pytest.mark.parametrize("client", [ws_producer_client, ws_consumer_client])
+@pytest.mark.parametrize("client", [ws_producer_client, ws_consumer_client, pubsub_client])
 def test_pauses_are_random_and_grow(client: ModuleType) -> None:
     """So that a thousand clients do not come back at the same moment."""
     first = [client.pause(1) for _ in range(1000)]

@@ -50,7 +50,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connect again without the pauses that spare a real server."""
     for name, value in PROXIES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pubsub_client, "PAUSE", 0.05)
+    monkeypatch.setattr(pubsub_client, "MAX_PAUSE", 0.05)
     monkeypatch.setattr(backoff, "__defaults__", (*FAST.values(), 1.5))
 
 

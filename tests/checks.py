@@ -270,9 +270,10 @@ async def check_forbidden(server: Server, saying: str | bytes | list[str], unack
         await gone(server, {port(offender)})
     log = server.log[mark:]
     assert "Traceback" not in log, log
-    lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
-    assert len(lines) == 1
-    assert f"closed with 1008: {offender.close_reason}" in lines[0]
+    if not server.yours:
+        lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
+        assert len(lines) == 1
+        assert f"closed with 1008: {offender.close_reason}" in lines[0]
     await produce(server, payloads[unacknowledged:])
     await until(lambda: server.queued() == len(payloads), "what was unacknowledged to come back")
     assert await drain(server) == payloads
@@ -295,9 +296,10 @@ async def check_refused(server: Server, name: str) -> None:
         assert offender.close_reason
         assert len(offender.close_reason.encode()) <= 123  # the most that a close frame holds
         assert re.search(reason, offender.close_reason)
-        lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
-        assert len(lines) == 1
-        assert f"closed with {code}: {offender.close_reason}" in lines[0]
+        if not server.yours:
+            lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
+            assert len(lines) == 1
+            assert f"closed with {code}: {offender.close_reason}" in lines[0]
         await bystander.send('"after"')
         assert await receive(bystander) == '"after"'
     assert await drain(server) == ['"before"', '"after"']
@@ -453,8 +455,9 @@ async def check_foreign_page_is_refused(server: Server, path: str, origin: str) 
         refusal = error.response
     assert refusal is not None, f"a page from {origin} was let in"
     assert refusal.status_code == 403
-    assert f"a page from {origin} may not connect" in server.log
-    assert "ERROR" not in server.log
+    if not server.yours:
+        assert f"a page from {origin} may not connect" in server.log
+        assert "ERROR" not in server.log
 
 
 async def end(server: Server, number: signal.Signals, seconds: float) -> int:
@@ -472,7 +475,7 @@ async def end(server: Server, number: signal.Signals, seconds: float) -> int:
     if not server.has_stats:
         return 0
     counts = re.findall(r"(\d+) payloads were still queued", server.log)
-    assert len(counts) == 1, server.log
+    assert len(counts) == 1, f"it did not log how many payloads were still queued:\n{server.log}"
     return int(counts[0])
 
 

@@ -1,18 +1,55 @@
 """Servers for the tests: one that they share, for starting takes a while, and fresh ones to be ended."""
 
 import os
+import shlex
 from collections.abc import AsyncIterator, Iterator
+from typing import Literal
 
 import pytest
 
+from tests import your_server
+
 pytest.register_assert_rewrite("tests.harness", "tests.checks")
 
-from tests.harness import NAIVE, SERVERS, Server, drain, isolates, running  # noqa: E402
+from tests.harness import NAIVE, SERVERS, Server, Yours, drain, isolates, running  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    your_server.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--server"):
+        your_server.check_arguments(config)
+        your_server.be_brief(config)
+        # The processes of pytest-xdist have a workerinput. The first process tries it for all.
+        if not hasattr(config, "workerinput"):
+            try_to_start(config)
+        config.pluginmanager.register(your_server.Report(config))
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """More processes than cores, for most tests wait most of the time."""
     return min(8, 2 * (os.cpu_count() or 1))
+
+
+def yours(config: pytest.Config) -> Yours:
+    """The command that --server names. It runs in the folder in which pytest was started."""
+    server = config.getoption("--server")
+    paths = (config.getoption("--producer-path"), config.getoption("--consumer-path"))
+    port = your_server.port_of(server)
+    return Yours(shlex.split(server), config.invocation_params.dir, *paths, port)
+
+
+def try_to_start(config: pytest.Config) -> None:
+    """Raise UsageError if the server that --server names does not run."""
+    try:
+        with running(yours(config)):
+            pass
+    except (OSError, AssertionError) as error:
+        # pytest adds to an assertion's message how it came about.
+        why = str(error).partition("\nassert ")[0]
+        raise pytest.UsageError(f"--server: the server does not run: {why}") from None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
     Tests with servers of their own come last, each in the process that is free first.
     """
+    if items and items[0].config.getoption("--server"):
+        if your_server.port_of(items[0].config.getoption("--server")):
+            for item in items:
+                item.add_marker(pytest.mark.xdist_group("one server for all"))
+        return
     order = {}
     for item in items:
         if {"command", "shared"} <= set(item.fixturenames):
@@ -39,13 +81,26 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     items.sort(key=lambda item: order[item])
 
 
-@pytest.fixture(scope="session", params=SERVERS)
-def command(request: pytest.FixtureRequest) -> list[str]:
-    """The command of each server in turn: what uses it is run once for each."""
-    return SERVERS[request.param]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what uses a command once for each server, or for --server alone."""
+    if "command" in metafunc.fixturenames:
+        names = ["yours"] if metafunc.config.getoption("--server") else list(SERVERS)
+        metafunc.parametrize("command", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
+def command(request: pytest.FixtureRequest) -> list[str]:
+    """The command that starts the server."""
+    return yours(request.config) if request.param == "yours" else SERVERS[request.param]
+
+
+def how_long(fixture_name: str, config: pytest.Config) -> Literal["session", "function"]:
+    """Keep a server for all tests. But one that may have faults must not harm the next test."""
+    server = config.getoption("--server")
+    return "function" if server and not your_server.port_of(server) else "session"
+
+
+@pytest.fixture(scope=how_long)
 def shared(command: list[str]) -> Iterator[Server]:
     with running(command) as server:
         yield server
@@ -58,13 +113,16 @@ async def server(shared: Server) -> AsyncIterator[Server]:
     yield shared
     if shared.has_stats and "dead" in shared.stats():
         shared.retry()
-    await drain(shared)  # of a test that failed
+    if not shared.yours or shared.yours.port:
+        await drain(shared)  # of a test that failed
     assert "Traceback" not in shared.log[mark:], shared.log[mark:]
 
 
 @pytest.fixture
 def fresh(command: list[str]) -> Iterator[Server]:
     """A server of the test's own, which may end it."""
+    if isinstance(command, Yours) and command.port:
+        pytest.skip("it ends the server: give --server a command, not a URL")
     with running(command) as server:
         yield server
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
@@ -127,6 +128,18 @@ def interrupt(process: subprocess.Popen[str], place: int | None) -> None:
     os.killpg(started.pid, signal.SIGINT)
 
 
+class Yours(list[str]):
+    """The command that starts a reader's own server (--server), or for one that runs already, its URL."""
+
+    def __init__(
+        self, command: list[str], folder: Path, producer_path: str, consumer_path: str, port: int | None
+    ) -> None:
+        super().__init__(command)
+        self.folder = folder
+        self.paths = {PRODUCER: producer_path, CONSUMER: consumer_path}
+        self.port = port
+
+
 def uvicorn_command(app: str) -> list[str]:
     """The command line for an app such as `server:app`, as the README gives it; the port follows."""
     return [sys.executable, "-m", "uvicorn", app, "--timeout-graceful-shutdown", "1", "--port"]
@@ -228,6 +241,8 @@ class Server:
         self, command: list[str], port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.port = port or free_port()
+        self.yours = command if isinstance(command, Yours) else None
+        folder = self.yours.folder if self.yours else ROOT
         self.rooms = "lessons.rooms_server:app" in command
         self.gateway = "tests.gateway_app:app" in command
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
@@ -239,11 +254,16 @@ class Server:
         self.process: subprocess.Popen[bytes] | Forked
         # In a session of its own, and so a process group, for what Ctrl+C does in a terminal.
         forks = command[:3] == uvicorn_command("")[:3] or command[:2] == [sys.executable, "-c"]
-        if forks and "--workers" not in command:
+        if forks and "--workers" not in command and not self.yours:
             self.process = Forked(command, ROOT, env, f"/proc/{os.getpid()}/fd/{self._log.fileno()}")
         else:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=folder,
+                env=env,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def url(self, path: str, scheme: str = "ws") -> str:
@@ -253,6 +273,9 @@ class Server:
         """Return the path of a queue on this server. If the server has rooms, use the room `kitchen`."""
         if self.rooms and path.startswith((PRODUCER, CONSUMER)):
             return path.replace("/ws/", "/ws/kitchen/", 1)
+        if self.yours:
+            path, mark, query = path.partition("?")
+            return self.yours.paths.get(path, path) + mark + query
         return path
 
     @property
@@ -302,6 +325,8 @@ class Server:
         return count
 
     def stats(self) -> dict[str, int]:
+        if self.yours and not self.has_stats:
+            pytest.skip("it asks GET /stats how many payloads are queued")
         status, _, body = self.get("/stats")
         assert status == 200, f"GET /stats: {status} {body}"
         stats: dict[str, int] = json.loads(body)
@@ -320,7 +345,8 @@ class Server:
     @cached_property
     def has_stats(self) -> bool:
         """Whether it serves /stats. The steps do not."""
-        return self.get("/stats")[0] == 200
+        status, content_type, body = self.get("/stats")
+        return status == 200 and "json" in content_type and '"queued"' in body
 
     @cached_property
     def acks(self) -> bool:
@@ -396,11 +422,41 @@ class Server:
         self._log.close()
 
 
+class Running(Server):
+    """A reader's server that was there before the tests, and stays. Its log cannot be read."""
+
+    log = ""
+
+    def __init__(self, yours: Yours) -> None:
+        assert yours.port
+        self.port = yours.port
+        self.yours = yours
+        self.rooms = self.gateway = False
+
+    def wait_ready(self) -> None:
+        socket.create_connection(("127.0.0.1", self.port), 1).close()
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes that listen on its port."""
+        listening = set()
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN
+            if listens and connection.laddr and connection.laddr.port == self.port and connection.pid:
+                listening.add(connection.pid)
+        return [psutil.Process(pid) for pid in listening]
+
+    def kill(self) -> None:
+        """Let it run."""
+
+
 @contextmanager
 def running(
     command: list[str], port: int | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    server = Server(command, port, env)
+    if isinstance(command, Yours) and command.port:
+        server: Server = Running(command)
+    else:
+        server = Server(command, port, env)
     try:
         server.wait_ready()
         yield server

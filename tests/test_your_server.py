@@ -1,0 +1,92 @@
+"""The contract can be tried on a reader's own server (--server), and the report says in words what holds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, SERVERS, running
+from tests.your_server import port_of
+
+CONTRACT = ROOT / "tests" / "test_contract.py"
+OTHER_PATHS = """
+from fastapi import FastAPI
+from server import channel, consumer, lifespan, producer
+
+app = FastAPI(lifespan=lifespan)
+app.websocket("/in")(producer)
+app.websocket("/out/{name}")(consumer)
+"""
+
+
+def report(server: str, words: str, *options: str, folder: Path = ROOT) -> tuple[int, str]:
+    """Try the promises with these words in their names. Returns pytest's exit code and its output."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", str(CONTRACT), "--server", server, "-k", words]
+    done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def command(app: str) -> str:
+    return f"{sys.executable} -m uvicorn {app} --timeout-graceful-shutdown 1 --port"
+
+
+def test_the_report_says_what_is_broken_and_why() -> None:
+    """The naive server breaks a promise. What needs GET /stats, which it lacks, is not held against it."""
+    code, output = report(command("steps.step0_naive:app"), "written_anew or own_pages or stats")
+    assert code == 1, output
+    assert "Payloads: 0 of 1\n  BROKEN     A payload is never written anew\n" in output
+    assert "2 of 6 cases, such as odd spelling: the receipt was rewritten\n" in output
+    assert "  holds      Own pages and scripts are let in\n" in output
+    assert "  not tried  Stats say how many payloads wait\n" in output
+    assert "tests, there was a traceback in the server's log" in output
+    assert "3 promises: 1 holds, 1 is broken, 1 was not tried.\n" in output
+
+
+def test_the_report_says_that_promises_hold(tmp_path: Path) -> None:
+    """The server is in the folder in which the command is typed, and its paths are not ours."""
+    (tmp_path / "mine.py").write_text(OTHER_PATHS)
+    paths = ("--producer-path", "/in", "--consumer-path", "/out/1")
+    start = f"env PYTHONPATH={ROOT}:. {command('mine:app')}"
+    code, output = report(start, "fragments or left", *paths, folder=tmp_path)
+    assert code == 0, output
+    assert "Payloads: 1 of 1\n  holds      A payload may come in fragments and compressed\n" in output
+    assert "The end: 1 of 1\n  holds      It says how many payloads were left\n" in output
+    assert "2 promises: 2 hold.\n" in output
+
+
+def test_a_server_that_runs_already_stays_as_it_is() -> None:
+    """It is not ended, and no payload stays in its queue."""
+    with running(SERVERS["server.py"]) as server:
+        code, output = report(f"ws://127.0.0.1:{server.port}", "left or first_in")
+        assert code == 0, output
+        assert "  holds      First in first out\n" in output
+        assert "  not tried  It says how many payloads were left\n" in output
+        assert server.stats()["queued"] == 0
+
+
+def test_a_server_that_does_not_start_is_an_error() -> None:
+    """All promises would be broken, but that is not what the reader wants to know."""
+    code, output = report(command("nothing:app"), "first_in")
+    assert code == pytest.ExitCode.USAGE_ERROR, output
+    assert 'Could not import module "nothing"' in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("server", "reason"),
+    [
+        ("ws://example.invalid", "name a server on this machine"),
+        ("wss://127.0.0.1", "name a server on this machine"),
+        ("ws://127.0.0.1:8000/ws", "give paths as --producer-path and --consumer-path"),
+    ],
+)
+def test_a_bad_url_is_an_error(server: str, reason: str) -> None:
+    with pytest.raises(pytest.UsageError, match=reason):
+        port_of(server)
+
+
+def test_a_url_has_a_port_and_a_command_has_none() -> None:
+    assert port_of("ws://localhost:8000") == 8000
+    assert port_of("http://127.0.0.1") == 80
+    assert port_of("uvicorn mine:app --port") is None

@@ -1,8 +1,10 @@
 """Any file can be copied out of this repository and run alone. It says so if the Python is too old for it."""
 
+import ast
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,81 @@ def test_an_old_python_is_refused_in_one_line(file: Path) -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr == "this needs Python 3.11 or later\n"
+
+
+# How many texts there are of a function that several servers have, if not one. Each has its reason: an
+# idea that the servers do not share, or another answer. Otherwise all copies are the same text.
+TEXTS = {
+    "Broker.connect": 2,
+    "Broker.send": 2,
+    "Channel.__init__": 4,
+    "Channel.call": 2,
+    "Channel.deliver": 4,
+    "Channel.fetch": 2,
+    "Channel.put": 4,
+    "Channel.qsize": 3,
+    "Channel.redeliver": 2,
+    "Channel.retry": 2,
+    "Router.__init__": 2,
+    "Router.on": 2,
+    "Unacknowledged.__init__": 2,
+    "Unacknowledged.blame": 2,
+    "body": 2,
+    "check": 2,
+    "check_name": 2,
+    "consumer": 5,
+    "dead": 2,
+    "endpoint": 2,
+    "find": 2,
+    "handle": 2,
+    "index": 6,
+    "lifespan": 7,
+    "log_in": 2,
+    "post": 2,
+    "producer": 6,
+    "receive": 2,
+    "receive_acks": 2,
+    "refuse": 2,
+    "retry": 2,
+    "same_origin": 3,
+    "send": 2,
+    "send_messages": 2,
+    "send_payloads": 3,
+    "stats": 7,
+    "watch": 2,
+}
+
+
+def functions(tree: ast.Module | ast.ClassDef, source: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each function, decorators included, and of each method of a class."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            above = "\n".join(ast.unparse(decorator) for decorator in node.decorator_list)
+            yield node.name, f"{above}\n{ast.get_source_segment(source, node)}"
+        elif isinstance(node, ast.ClassDef):
+            for name, text in functions(node, source):
+                yield f"{node.name}.{name}", text
+
+
+def copies(files: list[Path]) -> dict[str, dict[str, list[str]]]:
+    """Return, for each function that several files have, which files have which text."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in files:
+        source = file.read_text()
+        for name, text in functions(ast.parse(source), source):
+            found.setdefault(name, {}).setdefault(text, []).append(file.stem)
+    return {name: texts for name, texts in found.items() if sum(map(len, texts.values())) > 1}
+
+
+def test_the_copies_of_a_function_in_the_servers_are_the_same_text() -> None:
+    """The repetition is intended: a diff of two servers shows the idea in which they differ, and no more."""
+    servers = [file for file in FILES if file.stem.endswith("_server") or file.stem == "server"]
+    found = {name: len(texts) for name, texts in copies(servers).items() if len(texts) > 1}
+    assert found == TEXTS
+
+
+def test_the_copies_of_a_function_in_the_clients_are_the_same_text() -> None:
+    clients = [file for file in FILES if file.stem.endswith("_client")]
+    for name in ("give_up", "keep_trying", "pause"):
+        [(_, same)] = copies(clients)[name].items()
+        assert len(same) == 3

@@ -132,3 +132,15 @@ def naive() -> Iterator[Server]:
     """The server as tutorials write it."""
     with running(NAIVE) as server:
         yield server
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped because something is missing on this machine, and how to get it."""
+    missing: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        # (path, line, reason) of a skipped test
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason.startswith("needs "):
+            missing[reason] = missing.get(reason, 0) + 1
+    for reason, count in missing.items():
+        terminalreporter.write_line(f"{count} tests were skipped: this {reason}")

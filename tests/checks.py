@@ -350,7 +350,7 @@ async def check_memory_is_bounded(server: Server, count: int) -> None:
         assert producer.close_reason
         assert "full" in producer.close_reason
         # A busy machine reads the last receipt late, so the silence may look shorter than a second.
-        assert 0.2 < silence < 2.5 * SLOWNESS, f"closed {silence:.1f} s after the queue was full"
+        assert 0.2 < silence < 4, f"closed {silence:.1f} s after the queue was full"
     assert await drain(server) == ['"warm up"', *payloads[:echoed]]
 
 

@@ -52,16 +52,23 @@ def try_to_start(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--server: the server does not run: {why}") from None
 
 
+def is_yours(item: pytest.Function) -> bool:
+    """Whether a test is for the server that --server names."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("command") == "yours"
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Keep together what shares a server, or a port as the README's commands do, and start with the latter.
 
     Tests with servers of their own come last, each in the process that is free first.
     """
-    if items and items[0].config.getoption("--server"):
-        if your_server.port_of(items[0].config.getoption("--server")):
-            for item in items:
-                item.add_marker(pytest.mark.xdist_group("one server for all"))
+    server = config.getoption("--server")
+    items[:] = [item for item in items if is_yours(item) == bool(server)]
+    if server:
+        for item in items if your_server.port_of(server) else []:
+            item.add_marker(pytest.mark.xdist_group("one server for all"))
         return
     order = {}
     for item in items:
@@ -81,16 +88,9 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     items.sort(key=lambda item: order[item])
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what uses a command once for each server, or for --server alone."""
-    if "command" in metafunc.fixturenames:
-        names = ["yours"] if metafunc.config.getoption("--server") else list(SERVERS)
-        metafunc.parametrize("command", names, indirect=True, scope="session")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=[*SERVERS, "yours"])
 def command(request: pytest.FixtureRequest) -> list[str]:
-    """The command that starts the server."""
+    """The command of each server in turn, or the one of --server: what uses it is run once for each."""
     return yours(request.config) if request.param == "yours" else SERVERS[request.param]
 
 

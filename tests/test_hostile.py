@@ -33,6 +33,8 @@ from tests.harness import (
     running,
     settled,
     until,
+    until_its_socket_is_full,
+    vanish,
     with_options,
     write,
 )
@@ -406,3 +408,16 @@ def test_no_other_site_can_show_the_page_in_a_frame(server: Server) -> None:
         pytest.skip("the gateway serves no page")
     with urllib.request.urlopen(server.url("/", "http")) as response:
         assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+
+
+async def test_uvicorns_older_protocol_cancels_a_consumer_without_a_traceback() -> None:
+    """With `--ws websockets`, uvicorn cancels the endpoint of a consumer that does not read its payloads."""
+    with running(with_options(SERVERS["server.py"], "--ws", "websockets")) as server:
+        async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
+            await produce(server, numbered(300, 50_000))
+            await until_its_socket_is_full(server, websocket)
+            server.interrupt()
+            await until(lambda: "Cancel 1 running task(s)" in server.log, "uvicorn to cancel the endpoint")
+            await vanish(websocket)
+        assert await asyncio.to_thread(server.ends_within, 20) is not None
+        assert "CancelledError" not in server.log, server.log

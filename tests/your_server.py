@@ -118,6 +118,8 @@ class Report:
             self.results.append(Result(name, case, report.outcome, reason))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.results:
+            return
         promises: dict[str, list[Result]] = defaultdict(list)
         for result in self.results:
             promises[result.promise].append(result)

@@ -384,6 +384,12 @@ async def broadcast_by_http(data: Annotated[Any, Depends(body)]) -> dict[str, in
         raise HTTPException(400, str(error)) from None
 
 
+@app.get("/stats")
+async def stats() -> dict[str, int]:
+    """Count the subscribers of this process. A load balancer may ask here whether it is ready."""
+    return {"subscribers": len(subscribers)}
+
+
 @app.get("/")
 async def index() -> Response:
     page = Path(__file__).parent.parent / "web/chat.html"

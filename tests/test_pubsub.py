@@ -674,6 +674,21 @@ async def test_a_topic_in_a_path(server: Server, path: str, topic: str) -> None:
         assert (await subscriber.hear())["topic"] == topic
 
 
+async def test_stats_count_the_subscribers(server: Server) -> None:
+    """A load balancer may ask there whether the server is ready."""
+
+    def subscribers() -> int:
+        status, _, body = server.get("/stats")
+        assert status == 200
+        count: int = json.loads(body)["subscribers"]
+        return count
+
+    await until(lambda: subscribers() == 0, "others to have left")
+    async with client(server, "/ws"):
+        await until(lambda: subscribers() == 1, "the subscriber to be counted")
+    await until(lambda: subscribers() == 0, "the subscriber to have left")
+
+
 async def test_broadcast_over_http(server: Server) -> None:
     """All connections get it, those too that have subscribed to nothing. The answer counts."""
     async with connected(server) as one, connected(server, "a", "#") as other:

@@ -120,7 +120,7 @@ def check(token: str, needed: SecurityScopes) -> dict[str, Any]:
         headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
         raise HTTPException(401, f"the token {reason}", headers) from None
     if not set(needed.scopes) <= set(str(claims["scope"]).split()):
-        reason = f"the token does not allow to {needed.scope_str}"
+        reason = f"a token with the scope {needed.scope_str} is needed"
         raise HTTPException(403, reason, {"WWW-Authenticate": 'Bearer error="insufficient_scope"'})
     return claims
 

@@ -217,7 +217,7 @@ async def test_a_bad_token_is_refused(door: Server, late_door: Server, path: str
     reason = "the token has expired" if name == "expired" else "the token is not valid"
     status, error = 401, "invalid_token"
     if name.startswith("scope"):
-        status, error, reason = 403, "insufficient_scope", f"the token does not allow to {SCOPES[path]}"
+        status, error, reason = 403, "insufficient_scope", f"a token with the scope {SCOPES[path]} is needed"
     expected = status, f'Bearer error="{error}"', reason
     assert await refusal(door, path, **header(BAD[name])) == expected
     if name != "not ASCII":  # which a subprotocol is not
@@ -437,7 +437,7 @@ async def test_the_same_tokens_open_pubsub_server() -> None:
     with running(PUBSUB, env={"SECRET_KEY": KEY}) as server:
         assert await refusal(server, "/ws") == (401, "Bearer", "a token is needed")
         bob = header(log_in(server, "bob", "builder")[2]["access_token"])
-        reason = "the token does not allow to produce consume"
+        reason = "a token with the scope produce consume is needed"
         assert await refusal(server, "/ws", **bob) == (403, 'Bearer error="insufficient_scope"', reason)
         assert request(server, "/publish/news", {"a": "b"})[0] == 401
         with pytest.raises(InvalidStatus, match="HTTP 403"):
@@ -481,7 +481,7 @@ async def test_the_clients_take_a_token(door: Server) -> None:
                 ([], 'HTTP 401 {"detail":"a token is needed"}'),
                 (
                     ["--token", token("")],
-                    f'HTTP 403 {{"detail":"the token does not allow to {SCOPES[path]}"}}',
+                    f'HTTP 403 {{"detail":"a token with the scope {SCOPES[path]} is needed"}}',
                 ),
             ]
         }

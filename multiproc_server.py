@@ -24,12 +24,11 @@ import itertools
 import logging
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.managers import BaseManager
@@ -50,11 +49,12 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 RETRY = 0.04  # seconds between two attempts to queue payloads
-WAIT = 0.3  # seconds that one call waits for a payload
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in a row before the others get a turn
-BATCH = 256  # payloads that one call carries to the shared queue or from it
+BATCH = 64  # payloads that one call carries to the shared queue or from it
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+LOST = (EOFError, OSError)  # raised by calling a manager that has died
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 if __name__ not in ("__main__", "__mp_main__"):  # multiprocessing imports it as __mp_main__
@@ -63,44 +63,46 @@ if __name__ not in ("__main__", "__mp_main__"):  # multiprocessing imports it as
 
 
 class SharedQueue:
-    """The queue, in the manager's process. Each calling thread has a thread of its own there."""
+    """The queue, in the manager's process. Its methods answer at once: none waits for a payload."""
 
     def __init__(self) -> None:
+        # The manager has a thread for each worker.
+        self.lock = threading.RLock()
         # The lowest number comes out first, so a payload that goes back is the next one out.
         self.entries: list[tuple[int, str]] = []
         self.numbers = itertools.count()
-        self.changed = threading.Condition()
-        self.left: set[int] = set()
+        # The addresses of the workers that want more payloads than there are.
+        self.waiting: set[str] = set()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
 
     def qsize(self) -> int:
         return len(self.entries)
 
     def put(self, payloads: list[str]) -> int:
         """Queue the first of the payloads, as many as there is space for. Return how many."""
-        with self.changed:
+        with self.lock:
             accepted = payloads[: max(0, CAPACITY - len(self.entries))]
             self.put_back([(next(self.numbers), payload) for payload in accepted])
             return len(accepted)
 
     def put_back(self, entries: list[tuple[int, str]]) -> None:
-        with self.changed:
+        with self.lock:
             for entry in entries:
                 heapq.heappush(self.entries, entry)
-            self.changed.notify_all()
+            for worker in self.waiting:
+                # An error means that the worker has ended, or that it has not read the last one.
+                with suppress(OSError):
+                    self.socket.sendto(b"!", worker)
+            self.waiting.clear()
 
-    def take(self, worker: int) -> list[tuple[int, str]]:
-        """Take at most BATCH payloads. Wait up to WAIT seconds for the first, or until leave()."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.entries or worker in self.left, WAIT)
-            count = 0 if worker in self.left else min(BATCH, len(self.entries))
-            self.left.discard(worker)
+    def take(self, worker: str) -> list[tuple[int, str]]:
+        """Take at most BATCH payloads. If there are fewer, wake the worker when there are more."""
+        with self.lock:
+            count = min(BATCH, len(self.entries))
+            if count < BATCH:
+                self.waiting.add(worker)
             return [heapq.heappop(self.entries) for _ in range(count)]
-
-    def leave(self, worker: int) -> None:
-        """End the take() of a worker whose last waiting consumer has left."""
-        with self.changed:
-            self.left.add(worker)
-            self.changed.notify_all()
 
 
 @functools.cache
@@ -118,108 +120,115 @@ QueueManager.register("queue", shared_queue)
 class Channel:
     """A worker's end of the shared queue. The consumers of the worker take turns."""
 
-    shared: Any  # a proxy: its methods run in the manager's process
+    # A proxy: its methods run in the manager's process. They answer sooner than a thread would
+    # start to call them, so the event loop calls them itself.
+    shared: Any
 
     def __init__(self) -> None:
-        # A call blocks its thread. One call may wait for payloads, the others do not wait.
-        self.threads = ThreadPoolExecutor(2)
         # Payloads that this worker has taken, and how many of its consumers wait for one.
         self.queue: asyncio.PriorityQueue[tuple[int, str]] = asyncio.PriorityQueue()
         self.waiting = 0
-        self.wake = asyncio.Event()
-        self.stopping = False
+        self.wanted = asyncio.Event()
+        # Set if the shared queue may have payloads. If not, the manager will send a datagram.
+        self.filled = asyncio.Event()
+        self.filled.set()
         self.line = asyncio.Lock()
 
-    async def call(self, method: Callable[..., Any], *args: object) -> Any:
-        """Call a method of the shared queue, without blocking the event loop."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, method, *args)
-        except (EOFError, OSError):
-            raise WebSocketException(1012, "the process that holds the queue is gone") from None
-
-    async def qsize(self) -> int:
+    def qsize(self) -> int:
         """Count the payloads in the shared queue."""
-        count: int = await self.call(self.shared.qsize)
+        count: int = self.shared.qsize()
         return count
 
     async def put(self, payloads: list[str], max_wait: float) -> int:
         """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
-        deadline = time.monotonic() + max_wait
         # Producers wait in line. Otherwise one could get all the space while another gets none.
-        async with asyncio.timeout(max_wait):
-            await self.line.acquire()
-        try:
-            # A call that is on its way must not be cancelled: it may queue the payloads.
-            count: int = await self.call(self.shared.put, payloads)
-            while not count and time.monotonic() < deadline:
+        async with asyncio.timeout(max_wait), self.line:
+            count: int = self.shared.put(payloads)
+            while not count:
                 await asyncio.sleep(RETRY)
-                count = await self.call(self.shared.put, payloads)
-        finally:
-            self.line.release()
-        if not count:
-            raise TimeoutError
-        return count
+                count = self.shared.put(payloads)
+            return count
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
         for taken in itertools.count(1):
             waited = self.queue.empty()
             self.waiting += 1
-            self.wake.set()
+            self.wanted.set()
             try:
                 number, payload = await self.queue.get()
-            except asyncio.CancelledError:
-                if self.waiting == 1:
-                    self.threads.submit(self.shared.leave, os.getpid())
-                raise
             finally:
                 self.waiting -= 1
+                if not self.waiting:
+                    self.wanted.clear()
             try:
                 await handle(payload)
             except BaseException:
                 self.queue.put_nowait((number, payload))
-                self.wake.set()
+                self.give_back()
                 raise
             # While there are payloads, nothing above pauses: let the other consumers run.
             if waited or taken % BURST == 0:
                 await asyncio.sleep(0)
 
-    async def fetch(self) -> None:
+    async def fetch(self, worker: str) -> None:
         """Take payloads for the consumers that wait, and give back what no consumer takes."""
-        while not self.stopping:
-            if self.waiting and self.queue.empty():
-                for entry in await self.call(self.shared.take, os.getpid()):
+        with suppress(*LOST):
+            while True:
+                await self.filled.wait()
+                await self.wanted.wait()
+                entries = self.shared.take(worker)
+                if len(entries) < BATCH:
+                    self.filled.clear()
+                for entry in entries:
                     self.queue.put_nowait(entry)
-            else:
-                self.wake.clear()
-                await self.wake.wait()
-            # In each turn of the event loop, every consumer that can take a payload takes some.
-            before = 0
-            while self.queue.qsize() != before:
-                before = self.queue.qsize()
-                await asyncio.sleep(0)
-            left = [self.queue.get_nowait() for _ in range(before)]
-            if left:
-                await self.call(self.shared.put_back, left)
+                # In each turn of the event loop, every consumer that can take a payload takes some.
+                before = 0
+                while self.queue.qsize() != before:
+                    before = self.queue.qsize()
+                    await asyncio.sleep(0)
+                self.give_back()
+
+    def give_back(self) -> None:
+        """Return all payloads that no consumer has taken to the shared queue."""
+        entries = [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+        if entries:
+            with suppress(*LOST):
+                self.shared.put_back(entries)
+
+
+def watch_parent() -> None:
+    """Stop this worker if its parent is killed, and the parent if this worker's terminal closes."""
+    loop = asyncio.get_running_loop()
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid:
+        loop.add_reader(parent.sentinel, os.kill, os.getpid(), signal.SIGTERM)
+        # A terminal that closes sends SIGHUP to every process. For a rolling restart, `kill -HUP`
+        # sends it to the parent alone. Started with `nohup`, every process ignores it.
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            loop.add_signal_handler(signal.SIGHUP, os.kill, parent.pid, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    # A parent that is killed cannot stop its workers, so each worker watches it.
-    parent = multiprocessing.parent_process()
-    if parent:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(parent.sentinel, os.kill, os.getpid(), signal.SIGTERM)
-    manager = QueueManager(os.environ["QUEUE_ADDRESS"])
+    watch_parent()
+    address = os.environ["QUEUE_ADDRESS"]
+    manager = QueueManager(address)
     manager.connect()
     channel.shared = manager.queue()  # type: ignore[attr-defined]
-    fetcher = asyncio.create_task(channel.fetch())
-    yield  # until every endpoint has returned
-    channel.stopping = True
-    channel.wake.set()
-    with suppress(WebSocketException):
-        await fetcher
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wake_up:
+
+        def hear_manager() -> None:
+            wake_up.recv(1)
+            channel.filled.set()
+
+        wake_up.bind(f"{address}-{secrets.token_hex(4)}")
+        asyncio.get_running_loop().add_reader(wake_up, hear_manager)
+        fetcher = asyncio.create_task(channel.fetch(wake_up.getsockname()))
+        yield  # until every endpoint has returned
+        fetcher.cancel()
+        channel.give_back()
 
 
 app = FastAPI(lifespan=lifespan)
@@ -276,6 +285,8 @@ async def put_batch(websocket: WebSocket, payloads: list[str]) -> None:
             count = await channel.put(payloads, TIMEOUT)
         except TimeoutError:
             raise WebSocketException(1013, "the queue is full: try again later") from None
+        except LOST:
+            raise WebSocketException(1012, "the process that holds the queue is gone") from None
         for payload in payloads[:count]:
             # The receipt. The payload is queued, even if the producer has left meanwhile.
             with suppress(*GONE):
@@ -321,7 +332,7 @@ async def consumer(websocket: WebSocket) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
-    return {"queued": await channel.qsize(), "capacity": CAPACITY, "acks": False}
+    return {"queued": channel.qsize(), "capacity": CAPACITY, "acks": False}
 
 
 @app.get("/")
@@ -342,14 +353,17 @@ def end_after_parent() -> None:
     os._exit(1)
 
 
-def stop_after(manager_process: BaseProcess) -> None:
+def pass_on_signals(server: Multiprocess) -> None:
+    """Run in a thread of the parent, so that a signal can also end a rolling restart."""
+    while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
+        server.signal_queue.append(number)
+    server.should_exit.set()
+
+
+def stop_with(manager_process: BaseProcess, server: Multiprocess) -> None:
     """Run in a thread of the parent. Stop the server if the manager's process dies."""
-    # The main thread blocks SIGINT, so Ctrl+C reaches this thread. Python runs the handler in the
-    # main thread all the same.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     manager_process.join()
-    if manager_process.exitcode:
-        os.kill(os.getpid(), signal.SIGTERM)
+    server.should_exit.set()
 
 
 def main() -> None:
@@ -362,20 +376,18 @@ def main() -> None:
     args = parser.parse_args()
     # Without this, a client with large cookies gets no answer, and makes Ctrl+C crash.
     os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
-    # A new process inherits the blocked signals. Ctrl+C and systemd signal every process of the
-    # group, but the manager must outlive the workers. The resource tracker must start first,
-    # because its start unblocks both signals.
+    # A new process inherits the blocked signals. Ctrl+C, systemd and a closed terminal signal every
+    # process of the group, but the manager must outlive the workers, and the workers import first.
+    # The start of the resource tracker unblocks SIGINT and SIGTERM.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     # "spawn" works on every system. "fork" is unsafe on macOS, and the server of "forkserver" dies
     # if systemd sends SIGTERM to the whole group.
     manager = QueueManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(start_manager)
-    # SIGINT stays blocked, because Ctrl+C during a worker's imports would print a traceback.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ["QUEUE_ADDRESS"] = str(manager.address)
     [process] = multiprocessing.active_children()
-    threading.Thread(target=stop_after, args=[process], daemon=True).start()
     # Compression would cost twice the CPU or more, for clients that offer it, as browsers do.
     options = {"timeout_graceful_shutdown": 1, "ws_per_message_deflate": False, **vars(args)}
     config = uvicorn.Config("__main__:app", **options)
@@ -384,9 +396,12 @@ def main() -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Without this line, uvicorn opens stdin again in each worker, and never closes it.
         sys.stdin = None
+        server = Multiprocess(config, [listener])
+        threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
+        threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
         # A worker that is killed while it starts breaks the pipe to it. All workers end with us.
         with suppress(BrokenPipeError):
-            Multiprocess(config, [listener]).run()
+            server.run()
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]

@@ -57,8 +57,8 @@ def unix_sockets(process: psutil.Process) -> list[Path]:
 
 
 def manager(server: Server) -> psutil.Process:
-    """Return the process that holds the queue: the child that listens on a Unix socket."""
-    [process] = [child for child in children(server) if unix_sockets(child)]
+    """Return the process that holds the queue: the child that has a Unix socket, and no TCP socket."""
+    [process] = [child for child in children(server) if unix_sockets(child) and child not in workers(server)]
     return process
 
 

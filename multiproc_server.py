@@ -396,12 +396,17 @@ def main() -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Without this line, uvicorn opens stdin again in each worker, and never closes it.
         sys.stdin = None
+        # With `nohup`, the workers ignore SIGHUP, too. uvicorn sets a handler, which would undo that.
+        on_hangup = signal.getsignal(signal.SIGHUP)
         server = Multiprocess(config, [listener])
-        threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
-        threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
-        # A worker that is killed while it starts breaks the pipe to it. All workers end with us.
-        with suppress(BrokenPipeError):
-            server.run()
+        signal.signal(signal.SIGHUP, on_hangup)
+        # A signal that came while the manager started ends the program. Otherwise, the threads wait
+        # for one. A worker that is killed while it starts breaks the pipe to it: all end with us.
+        if not signal.sigpending():
+            threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
+            threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
+            with suppress(BrokenPipeError):
+                server.run()
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]

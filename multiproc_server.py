@@ -71,7 +71,7 @@ class SharedQueue:
         # The lowest number comes out first, so a payload that goes back is the next one out.
         self.entries: list[tuple[int, str]] = []
         self.numbers = itertools.count()
-        # The addresses of the workers that want more payloads than there are.
+        # The addresses of the workers that want to know when there are more payloads.
         self.waiting: set[str] = set()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
@@ -91,13 +91,13 @@ class SharedQueue:
             for entry in entries:
                 heapq.heappush(self.entries, entry)
             for worker in self.waiting:
-                # An error means that the worker has ended, or that it has not read the last one.
+                # A worker that has ended has no socket any more.
                 with suppress(OSError):
-                    self.socket.sendto(b"!", worker)
+                    self.socket.sendto(b"wake up", worker)
             self.waiting.clear()
 
     def take(self, worker: str) -> list[tuple[int, str]]:
-        """Take at most BATCH payloads. If there are fewer, wake the worker when there are more."""
+        """Take at most BATCH payloads. If there are fewer, wake up the worker when more arrive."""
         with self.lock:
             count = min(BATCH, len(self.entries))
             if count < BATCH:
@@ -120,8 +120,8 @@ QueueManager.register("queue", shared_queue)
 class Channel:
     """A worker's end of the shared queue. The consumers of the worker take turns."""
 
-    # A proxy: its methods run in the manager's process. They answer sooner than a thread would
-    # start to call them, so the event loop calls them itself.
+    # A proxy: its methods run in the manager's process. A call blocks the event loop, but for less
+    # time than it would take to hand the call over to a thread.
     shared: Any
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Channel:
         self.queue: asyncio.PriorityQueue[tuple[int, str]] = asyncio.PriorityQueue()
         self.waiting = 0
         self.wanted = asyncio.Event()
-        # Set if the shared queue may have payloads. If not, the manager will send a datagram.
+        # Set if the shared queue may have payloads. If not, the manager will wake us up.
         self.filled = asyncio.Event()
         self.filled.set()
         self.line = asyncio.Lock()
@@ -203,8 +203,8 @@ def watch_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent and parent.pid:
         loop.add_reader(parent.sentinel, os.kill, os.getpid(), signal.SIGTERM)
-        # A terminal that closes sends SIGHUP to every process. For a rolling restart, `kill -HUP`
-        # sends it to the parent alone. Started with `nohup`, every process ignores it.
+        # When a terminal closes, every process gets a SIGHUP. For a rolling restart, `kill -HUP`
+        # sends it to the parent alone. If `nohup` started the server, the workers ignore it.
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             loop.add_signal_handler(signal.SIGHUP, os.kill, parent.pid, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -220,7 +220,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wake_up:
 
         def hear_manager() -> None:
-            wake_up.recv(1)
+            wake_up.recv(100)
             channel.filled.set()
 
         wake_up.bind(f"{address}-{secrets.token_hex(4)}")
@@ -354,7 +354,7 @@ def end_after_parent() -> None:
 
 
 def pass_on_signals(server: Multiprocess) -> None:
-    """Run in a thread of the parent, so that a signal can also end a rolling restart."""
+    """Run in a thread of the parent. uvicorn's own handlers would finish a rolling restart first."""
     while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
         server.signal_queue.append(number)
     server.should_exit.set()
@@ -377,8 +377,8 @@ def main() -> None:
     # Without this, a client with large cookies gets no answer, and makes Ctrl+C crash.
     os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
     # A new process inherits the blocked signals. Ctrl+C, systemd and a closed terminal signal every
-    # process of the group, but the manager must outlive the workers, and the workers import first.
-    # The start of the resource tracker unblocks SIGINT and SIGTERM.
+    # process of the group, but the manager must outlive the workers, and a worker that is stopped
+    # while it imports would print a traceback. Starting the resource tracker unblocks two of them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -396,15 +396,15 @@ def main() -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Without this line, uvicorn opens stdin again in each worker, and never closes it.
         sys.stdin = None
-        # With `nohup`, the workers ignore SIGHUP, too. uvicorn sets a handler, which would undo that.
+        # uvicorn sets a handler for SIGHUP. Undo that, so that the workers inherit it from `nohup`.
         on_hangup = signal.getsignal(signal.SIGHUP)
         server = Multiprocess(config, [listener])
         signal.signal(signal.SIGHUP, on_hangup)
-        # A signal that came while the manager started ends the program. Otherwise, the threads wait
-        # for one. A worker that is killed while it starts breaks the pipe to it: all end with us.
+        # If a signal came while the manager started, start no workers.
         if not signal.sigpending():
             threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
             threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
+            # A worker that is killed while it starts breaks the pipe to it. All workers end with us.
             with suppress(BrokenPipeError):
                 server.run()
         if process.exitcode is not None:

@@ -1,7 +1,7 @@
 """Measure what a payload costs each server: CPU, time, memory. Every payload and every echo is checked.
 
     pip install -r bench/requirements.txt
-    python bench/bench.py                      all of it, in less than five minutes, to bench/results.json
+    python bench/bench.py                      all of it, in less than six minutes, to bench/results.json
     python bench/bench.py latency server.py    some works or servers only, by name; shown, not saved
     python bench/bench.py --readme             write bench/README.md and bench/plot.svg from results.json
 
@@ -44,7 +44,7 @@ if not __package__:  # run as a script: then `bench` would be this file, not the
 from bench.load import START, Acknowledging, Failed, Load, Server, SocketIO, Work  # noqa: E402
 from bench.report import digits, plot, section, table, with_section  # noqa: E402
 
-ROUNDS = 5
+ROUNDS = 3
 FILES = 4096  # open at a time: a thousand connections, and some
 UVICORN = (sys.executable, "-m", "uvicorn", "--log-level", "warning")
 # A server and a Redis of its own, which counts with it: in the same process tree, and killed with it.
@@ -80,8 +80,9 @@ PEERS = [
         package="python-socketio",
     ),
 ]
-# In this order, consumers only ever join a server, but for `large`: a naive one loses a payload to each that
-# has left. `large` is last, in a fresh server, because what it leaves behind would count as others' memory.
+# In this order, consumers only ever join a server, because a naive one loses a payload to each that has left.
+# `large` gets a fresh server, because what it leaves behind would count as others' memory. So does `deflate`,
+# because its clients offer compression.
 WORKS = [
     Work("one", "1 producer, 1 consumer", 15_000),
     Work("latency", "one payload at a time", 4_000, ahead=1),
@@ -90,6 +91,7 @@ WORKS = [
     Work("crowd", "4 producers, 100 consumers", 15_000, 4, 100),
     Work("parked", "4 producers, 1,000 consumers", 15_000, 4, 1000),
     Work("large", "1 producer, 1 consumer, 10 kB", 10_000, size=10_000),
+    Work("deflate", "1 producer, 1 consumer, compression offered", 15_000, deflate=True),
 ]
 
 
@@ -142,9 +144,10 @@ async def visit(server: Server, works: Iterable[Work], scale: float = 1) -> dict
     todo = deque(works)
     while todo:
         consumers = 0
+        deflate = todo[0].deflate
         try:
             async with started(server) as load:
-                while todo and todo[0].consumers >= consumers:
+                while todo and todo[0].consumers >= consumers and todo[0].deflate == deflate:
                     consumers = todo[0].consumers
                     figures[todo[0].name] = done = await load.run(todo[0], scale)
                     say(f" {todo.popleft().name} {done['cpu_us']:.1f}")
@@ -162,6 +165,7 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
     """All rounds, as results.json has them. What has failed once is not tried again."""
     samples: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[tuple[str, str], str] = {}
+    load_average, _, _ = os.getloadavg()
     began = time.monotonic()
     for number in range(1, rounds + 1):
         say(f"round {number} of {rounds}, after {time.monotonic() - began:.0f} s; µs of CPU per payload:\n")
@@ -174,7 +178,8 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
                 else:
                     samples.setdefault((name, server.name), []).append(figures)
             say("\n")
-    say(f"took {time.monotonic() - began:.0f} s\n")
+    seconds = round(time.monotonic() - began)
+    say(f"took {seconds} s\n")
     results: dict[str, dict[str, Any]] = {}
     for work in works:
         rows: dict[str, Any] = {}
@@ -191,6 +196,8 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "rounds": rounds,
+        "seconds": seconds,
+        "load_average": digits(load_average),
         "works": {work.name: {**vars(work), "payloads": work.count(scale)} for work in works},
         "results": results,
     }

@@ -3,20 +3,25 @@
 import asyncio
 import gc
 import itertools
+import re
 import statistics
 import time
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 AHEAD = 64  # payloads in flight for each producer: fewer than a server queues, so none has to wait
-SECONDS = 0.5
+SECONDS = 0.3  # for which payloads are sent
 START = 20  # seconds that a server has to accept connections, and to be idle after that
 STALL = 5  # seconds without an arrival or an echo, after which what is missing never comes
+OFFER = "permessage-deflate; client_max_window_bits"  # what browsers send
+END = b"\x00\x00\xff\xff"  # of each compressed message, not sent
 LINGER = 0.1  # seconds in which a payload that comes twice would come again
 TICK = 0.01  # seconds of CPU, the operating system's unit: a run should take 30 and more
 
@@ -35,15 +40,26 @@ class Connection(WSListener):
         self.ready = asyncio.Event()
         self.unechoed: deque[bytes] = deque()  # what a producer has sent and not got back
         self.transport: WSTransport
+        # For compression, if the client offers it and the server agrees.
+        self.deflate: Any = None
+        self.inflate = zlib.decompressobj(-zlib.MAX_WBITS)
 
-    async def connect(self) -> None:
+    async def connect(self, deflate: bool) -> None:
         url = f"ws://127.0.0.1:{self.load.port}" + self.path.format(role=self.role)
-        self.transport, _ = await ws_connect(lambda: self, url, websocket_handshake_timeout=STALL)
+        offer = {"Sec-WebSocket-Extensions": OFFER} if deflate else {}
+        self.transport, _ = await ws_connect(
+            lambda: self, url, websocket_handshake_timeout=STALL, extra_headers=offer
+        )
         async with asyncio.timeout(STALL):
             await self.ready.wait()
 
     def send(self, payload: bytes) -> None:
-        self.transport.send(WSMsgType.TEXT, payload)
+        if self.deflate:
+            payload = self.deflate.compress(payload) + self.deflate.flush(zlib.Z_SYNC_FLUSH)
+            # The end of each message is implied (RFC 7692, section 7.2.1).
+            self.transport.send(WSMsgType.TEXT, payload.removesuffix(END), rsv1=True)
+        else:
+            self.transport.send(WSMsgType.TEXT, payload)
 
     def heard(self, payload: bytes) -> None:
         if self.role == "producer":
@@ -53,11 +69,19 @@ class Connection(WSListener):
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
+        answer = transport.response.headers.get("Sec-WebSocket-Extensions", "")
+        if "permessage-deflate" in answer:
+            bits = re.search(r"client_max_window_bits=(\d+)", answer)
+            window = int(bits[1]) if bits else zlib.MAX_WBITS
+            self.deflate = zlib.compressobj(wbits=-window)
         self.ready.set()
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type == WSMsgType.TEXT:
-            self.heard(frame.get_payload_as_bytes())
+            payload = frame.get_payload_as_bytes()
+            if frame.rsv1:
+                payload = self.inflate.decompress(payload + END)
+            self.heard(payload)
         elif frame.msg_type == WSMsgType.CLOSE:
             reason = (frame.get_close_message() or b"").decode()
             self.load.fail(f"a {self.role} was closed: {frame.get_close_code()} {reason}")
@@ -95,7 +119,8 @@ class SocketIO(Connection):
             super().send(answer)
 
     def on_ws_connected(self, transport: WSTransport) -> None:
-        self.transport = transport
+        super().on_ws_connected(transport)
+        self.ready.clear()  # until the server has greeted
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,7 @@ class Work:
     consumers: int = 1
     size: int = 85  # bytes of a payload
     ahead: int = AHEAD
+    deflate: bool = False  # clients offer compression
 
     def count(self, scale: float) -> int:
         return max(10, int(self.payloads * scale))
@@ -184,13 +210,13 @@ class Load:
         unechoed = len(self.payloads) - self.echoes
         return f"of {len(self.payloads)} payloads {len(self.missing)} never arrived, {unechoed} had no echo"
 
-    async def connect(self, role: str, count: int) -> None:
+    async def connect(self, role: str, count: int, deflate: bool = False) -> None:
         """Connect more of them, up to `count`; one by one, so that a server's workers share them."""
         connections = self.connections[role]
         while len(connections) < count:
             connection = self.server.connection(self, role)
             try:
-                await connection.connect()
+                await connection.connect(deflate)
             except (OSError, TimeoutError, WSError) as error:
                 raise Failed(f"a {role} cannot connect: {error!r}") from None
             connections.append(connection)
@@ -212,8 +238,8 @@ class Load:
 
     async def run(self, work: Work, scale: float = 1) -> dict[str, float]:
         """Do the work and return its figures. Raises Failed."""
-        await self.connect("producer", work.producers)
-        await self.connect("consumer", work.consumers)
+        await self.connect("producer", work.producers, work.deflate)
+        await self.connect("consumer", work.consumers, work.deflate)
         await self.settle(0.1)
         payloads = [payload(next(self.numbers), work.size) for _ in range(work.count(scale))]
         gc.collect()

@@ -63,10 +63,13 @@ def section(results: dict[str, Any]) -> str:
     }
     busy = max(row["load_busy"]["median"] for row in rows["one"].values() if "failed" not in row)
     paragraphs = [
-        "`pip install -r bench/requirements.txt && python bench/bench.py` measured this, in less than five "
-        f"minutes, on {results['date']}, on {results['cores']} cores of {results['cpu']} that the clients "
-        f"and the server shared, with {versions}. Every payload and every echo is checked: a run that loses "
-        f"or duplicates one counts as failed. The clients were busy for at most {busy:.0%} of the time.",
+        "`pip install -r bench/requirements.txt && python bench/bench.py` measured this, in "
+        f"{results['seconds']} seconds, on {results['date']}, on {results['cores']} cores of "
+        f"{results['cpu']} that the clients and the server shared, with {versions}. Before the first server "
+        f"started, the load average was {results['load_average']}: the higher it is, the more the figures "
+        "vary, because other programs take turns with the server. Every payload and every echo is checked: a "
+        "run that loses or duplicates one counts as failed. The clients were busy for at most "
+        f"{busy:.0%} of the time.",
         "![Server CPU per payload, and memory, for each server and work](plot.svg)",
         "**Server CPU in microseconds per payload**, over all the server's processes: the median of "
         f"{results['rounds']} rounds (the lowest to the highest), and its ratio to `server.py`'s.",

@@ -158,6 +158,14 @@ def test_broadcast_run(tmp_path: Path) -> None:
         assert rows["pubsub_server.py"]["rate"]["median"] > 0
 
 
+async def test_compression() -> None:
+    """Clients that offer compression use it with a server that agrees, and still check every payload."""
+    relay = load.Server("relay", (sys.executable, "-c", LIAR, "", "0"))
+    async with bench.started(relay) as clients:
+        await clients.run(load.Work("deflate", "deflate", PAYLOADS, deflate=True))
+        assert all(client.deflate for [client] in clients.connections.values())
+
+
 async def test_server_that_does_not_start() -> None:
     """It is reported as failed, with the last line that it printed."""
     server = load.Server("broken", (sys.executable, "-c", "raise SystemExit('no such luck')"))

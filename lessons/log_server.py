@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from typing import Annotated, Any, NamedTuple
 import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import WebSocketException
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
@@ -47,9 +47,14 @@ TIMEOUT = 1  # seconds to wait for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # events that a consumer gets in a row before the others get a turn
 TOO_MANY = "there are too many streams: try again later"
+FRAME = '{"offset": %d, "payload": %s}'  # of an event
 BAD_AFTER = "`after` must be EPOCH:OFFSET or 0"
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
+
+
+class Refusal(Exception):
+    """Has a close code for a websocket, a status for an HTTP request, and a reason for both."""
 
 
 class Event(NamedTuple):
@@ -59,42 +64,27 @@ class Event(NamedTuple):
 
 
 class Stream:
-    """A log of events. Each consumer reads it at its own pace, so it needs no buffer of its own."""
+    """The events of a stream, and the consumers that wait for the next one."""
 
-    def __init__(self) -> None:
-        # After a restart, offsets begin at 1 again. The epoch tells such a stream from this one.
-        self.epoch = secrets.token_hex(4)
+    def __init__(self, name: str, epoch: str) -> None:
+        self.name = name
+        self.epoch = epoch  # tells this stream from a later one of the same name
         self.events: deque[Event] = deque(maxlen=KEEP)
-        self.next = 1
+        self.first = 1  # the oldest offset that is kept
+        self.next = 1  # the next offset to be assigned
         self.end: str | None = None
         self.changed = asyncio.Event()
         self.users = 0
         self.used_at = time.monotonic()
 
-    @property
-    def first(self) -> int:
-        """The oldest offset that is kept."""
-        return self.next - len(self.events)
-
-    def append(self, payload: str) -> None:
-        frame = f'{{"offset": {self.next}, "payload": {payload}}}'
-        self.events.append(Event(self.next, payload, frame))
-        self.next += 1
-        self.notify()
-
-    def finish(self, end: str) -> None:
-        self.end = end
-        self.notify()
-
     def notify(self) -> None:
         """Wake all consumers that wait. A consumer that comes later waits for the next change."""
-        self.used_at = time.monotonic()
         self.changed.set()
         self.changed.clear()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the stream. An unused stream expires."""
+        """Keep the stream for as long as somebody reads or writes it. An unused stream expires."""
         self.users += 1
         try:
             yield
@@ -102,49 +92,106 @@ class Stream:
             self.users -= 1
             self.used_at = time.monotonic()
 
-    def status(self, recovered: bool) -> dict[str, str | int | bool]:
-        """Return the first frame that a consumer gets."""
-        offsets = {"first": self.first, "next": self.next}
-        return {"epoch": self.epoch, **offsets, "recovered": recovered}
+    def resume(self, after: str | None) -> tuple[int, dict[str, Any]]:
+        """Return a consumer's next offset, and the first frame that it gets.
 
-    def resume(self, after: str | None) -> tuple[int, bool]:
-        """Return a consumer's next offset, and whether the log still has all events from there on.
-
-        `after` is EPOCH:OFFSET, or 0 for all events, or None for new events only. Raise ValueError
-        if it is anything else.
+        `after` is EPOCH:OFFSET, or 0 for all events, or None for new events only.
         """
-        if after is None:
-            return self.next, True
+        epoch = self.epoch
+        start = self.next
         if after == "0":
-            after = f"{self.epoch}:0"
-        epoch, _, offset = after.rpartition(":")
-        start = int(offset) + 1
-        if epoch == self.epoch and self.first <= start <= self.next:
-            return start, True
-        return self.first, False
+            start = 1
+        elif after is not None:
+            epoch, _, offset = after.rpartition(":")
+            try:
+                start = int(offset) + 1
+            except ValueError:
+                raise Refusal(1008, 400, BAD_AFTER) from None
+        recovered = epoch == self.epoch and self.first <= start <= self.next
+        if not recovered:
+            start = self.first
+        status: dict[str, Any] = {"epoch": self.epoch, "first": self.first, "next": self.next}
+        return start, {**status, "recovered": recovered}
 
-    async def read(self, offset: int) -> AsyncIterator[Event | int]:
+
+class Storage:
+    """Keeps the streams, in the memory of this process, and the jobs that write to them."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.jobs: dict[str, asyncio.Task[None]] = {}
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[None]:
+        """Connect to what keeps the streams. Memory needs no connection."""
+        yield
+
+    async def open(self, name: str) -> Stream:
+        """Return the stream, and make it if it does not exist."""
+        oldest = time.monotonic() - EXPIRE
+        for stream in list(self.streams.values()):
+            if stream.users == 0 and stream.used_at < oldest:
+                del self.streams[stream.name]
+        if name not in self.streams:
+            if len(self.streams) >= MAX_STREAMS:
+                raise Refusal(1013, 503, TOO_MANY)
+            self.streams[name] = Stream(name, secrets.token_hex(4))
+        self.streams[name].used_at = time.monotonic()
+        return self.streams[name]
+
+    async def append(self, stream: Stream, payload: str) -> bool:
+        """Add an event. Return False if the stream has ended."""
+        if stream.end:
+            return False
+        frame = FRAME % (stream.next, payload)
+        stream.events.append(Event(stream.next, payload, frame))
+        stream.next += 1
+        stream.first = stream.next - len(stream.events)
+        stream.notify()
+        return True
+
+    async def read(self, stream: Stream, offset: int) -> AsyncIterator[Event | int]:
         """Yield all events from `offset` on, and each new one, until the stream or the server ends.
 
         If events were dropped before the consumer could read them, yield how many.
         """
         while not stopping.is_set():
-            if offset < self.first:
-                yield self.first - offset
-                offset = self.first
-            elif offset < self.next:
-                yield self.events[offset - self.first]
+            if offset < stream.first:
+                yield stream.first - offset
+                offset = stream.first
+            elif offset < stream.next:
+                yield stream.events[offset - stream.first]
                 offset += 1
-            elif self.end:
+            elif stream.end:
                 return
             else:
-                await self.changed.wait()
+                await stream.changed.wait()
+
+    async def start_job(self, stream: Stream, job: Coroutine[Any, Any, None]) -> None:
+        self.jobs[stream.name] = asyncio.create_task(job)
+
+    async def stop_job(self, name: str) -> bool:
+        """Stop a job. Return False if there is no such job."""
+        if name not in self.jobs:
+            return False
+        self.jobs[name].cancel()
+        return True
+
+    async def finish(self, stream: Stream, end: str) -> None:
+        """End the stream of a job."""
+        del self.jobs[stream.name]
+        stream.end = end
+        stream.notify()
+
+    async def stats(self) -> dict[str, int]:
+        """Count the events of each stream."""
+        return {name: len(stream.events) for name, stream in self.streams.items()}
 
 
 def stop() -> None:
     """Let all consumers end."""
     stopping.set()
-    for stream in streams.values():
+    for stream in storage.streams.values():
         stream.notify()
 
 
@@ -167,14 +214,17 @@ def listen_to_signals() -> None:
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     if threading.current_thread() is threading.main_thread():  # only there is it allowed
         listen_to_signals()
-    yield  # until every endpoint has returned
-    for job in jobs.values():
-        job.cancel()
+    async with storage.connect():
+        yield  # until every endpoint has returned
+        jobs = list(storage.jobs.values())
+        for job in jobs:
+            job.cancel()
+        if jobs:
+            await asyncio.wait(jobs, timeout=TIMEOUT)
 
 
 app = FastAPI(lifespan=lifespan)
-streams: dict[str, Stream] = {}
-jobs: dict[str, asyncio.Task[None]] = {}
+storage = Storage()
 stopping = asyncio.Event()
 
 
@@ -199,6 +249,15 @@ async def close(websocket: WebSocket, error: WebSocketException) -> None:
             await websocket.close(error.code, error.reason)
 
 
+@app.exception_handler(Refusal)
+async def refuse(connection: Request | WebSocket, refusal: Refusal) -> Response | None:
+    code, status, reason = refusal.args
+    if isinstance(connection, WebSocket):
+        await close(connection, WebSocketException(code, reason))
+        return None
+    return JSONResponse({"detail": reason}, status)
+
+
 def validate(payload: str | None) -> str:
     """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
     if payload is None:
@@ -218,17 +277,6 @@ async def check_name(stream: str) -> None:
         raise HTTPException(404, "a stream's name has 1 to 64 letters, digits, '-', '_' or '.'")
 
 
-def find(name: str) -> Stream | None:
-    """Return the stream, and make it if it does not exist. Return None if there are too many."""
-    oldest = time.monotonic() - EXPIRE
-    for other, stream in list(streams.items()):
-        if stream.users == 0 and stream.used_at < oldest:
-            del streams[other]
-    if name not in streams and len(streams) < MAX_STREAMS:
-        streams[name] = Stream()
-    return streams.get(name)
-
-
 CHECKS = [Depends(same_origin), Depends(check_name)]
 
 
@@ -236,16 +284,13 @@ CHECKS = [Depends(same_origin), Depends(check_name)]
 @app.websocket("/ws/{stream:path}/producer", dependencies=CHECKS)
 async def producer(websocket: WebSocket, stream: str) -> None:
     await websocket.accept()
-    target = find(stream)
-    if target is None:
-        raise WebSocketException(1013, TOO_MANY)
+    target = await storage.open(stream)
     # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
     with target.in_use(), suppress(asyncio.CancelledError):
         while (message := await websocket.receive())["type"] != "websocket.disconnect":
             payload = validate(message.get("text"))
-            if target.end:
+            if not await storage.append(target, payload):
                 raise WebSocketException(1008, "this stream has ended")
-            target.append(payload)
             # The receipt. The event is kept, even if the producer has left meanwhile.
             with suppress(*GONE):
                 await websocket.send_text(payload)
@@ -258,7 +303,7 @@ async def send_events(websocket: WebSocket, stream: Stream, start: int) -> None:
     """Send events until the consumer leaves, or the stream ends."""
     sent = 0
     with suppress(*GONE):
-        async for item in stream.read(start):
+        async for item in storage.read(stream, start):
             if isinstance(item, Event):
                 await websocket.send_text(item.frame)
             else:
@@ -270,21 +315,19 @@ async def send_events(websocket: WebSocket, stream: Stream, start: int) -> None:
         if stream.end and not stopping.is_set():
             await websocket.send_text(json.dumps({"end": stream.end}))
             await websocket.close(1000)
+        else:
+            # The server is stopping, or its storage has lost this stream.
+            await websocket.close(1012)
 
 
 @app.websocket("/ws/{stream:path}/consumer", dependencies=CHECKS)
 async def consumer(websocket: WebSocket, stream: str, after: str | None = None) -> None:
     await websocket.accept()
-    source = find(stream)
-    if source is None:
-        raise WebSocketException(1013, TOO_MANY)
-    try:
-        start, recovered = source.resume(after)
-    except ValueError:
-        raise WebSocketException(1008, BAD_AFTER) from None
+    source = await storage.open(stream)
+    start, status = source.resume(after)
     # If the consumer does not read its events, uvicorn cancels this endpoint when it stops.
     with source.in_use(), suppress(asyncio.CancelledError, *GONE):
-        await websocket.send_json(source.status(recovered))
+        await websocket.send_json(status)
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(send_events(websocket, source, start))
             # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
@@ -297,27 +340,21 @@ async def find_for_http(
     stream: str,
     after: str | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
-) -> tuple[Stream, int, bool]:
+) -> tuple[Stream, int, dict[str, Any]]:
     """Find what an EventSource asks for. If it reconnects, it sends the id of its last event."""
-    source = find(stream)
-    if source is None:
-        raise HTTPException(503, TOO_MANY)
-    try:
-        return source, *source.resume(last_event_id or after)
-    except ValueError:
-        raise HTTPException(400, BAD_AFTER) from None
+    source = await storage.open(stream)
+    return source, *source.resume(last_event_id or after)
 
 
 @app.get("/streams/{stream:path}", response_class=EventSourceResponse, dependencies=CHECKS)
 async def events(
-    found: Annotated[tuple[Stream, int, bool], Depends(find_for_http)],
+    found: Annotated[tuple[Stream, int, dict[str, Any]], Depends(find_for_http)],
 ) -> AsyncIterator[ServerSentEvent]:
-    stream, start, recovered = found
+    stream, start, status = found
     with stream.in_use():
         # With an id, so that a browser can resume even if it has not seen a single event.
-        status = stream.status(recovered)
         yield ServerSentEvent(event="start", data=status, id=f"{stream.epoch}:{start - 1}")
-        async for item in stream.read(start):
+        async for item in storage.read(stream, start):
             if isinstance(item, Event):
                 yield ServerSentEvent(raw_data=item.payload, id=f"{stream.epoch}:{item.offset}")
             else:
@@ -342,47 +379,44 @@ async def body(request: Request) -> Any:
 async def write_words(stream: Stream, request: Any) -> None:
     """Stand in for a language model: write one word after another."""
     text = request if isinstance(request, str) else json.dumps(request)
+    for word in f"You asked: {text}".split():
+        await storage.append(stream, json.dumps(word))
+        await asyncio.sleep(WORD_EVERY)
+
+
+async def run_job(stream: Stream, request: Any) -> None:
+    """Write to the stream. Then end it, and say how the job ended."""
+    end = "done"
     with stream.in_use():
-        for word in f"You asked: {text}".split():
-            stream.append(json.dumps(word))
-            await asyncio.sleep(WORD_EVERY)
+        try:
+            await write_words(stream, request)
+        except asyncio.CancelledError:
+            # Nobody else waits for this task, so the cancellation ends here.
+            end = "stopped"
+        except Exception as error:  # noqa: BLE001
+            log.error("%s failed: %r", stream.name, error)
+            end = "failed"
+        await storage.finish(stream, end)
 
 
 @app.post("/jobs", dependencies=[Depends(same_origin)])
 async def start_job(request: Annotated[Any, Depends(body)]) -> dict[str, str]:
-    name = f"job-{secrets.token_hex(4)}"
-    stream = find(name)
-    if stream is None:
-        raise HTTPException(503, TOO_MANY)
+    stream = await storage.open(f"job-{secrets.token_hex(4)}")
     # The job is a task of the server, so it goes on when its consumers leave.
-    job = asyncio.create_task(write_words(stream, request))
-    jobs[name] = job
-
-    def finish(job: asyncio.Task[None]) -> None:
-        del jobs[name]
-        if job.cancelled():
-            stream.finish("stopped")
-        elif error := job.exception():
-            log.error("%s failed: %r", name, error)
-            stream.finish("failed")
-        else:
-            stream.finish("done")
-
-    job.add_done_callback(finish)
-    return {"stream": name}
+    await storage.start_job(stream, run_job(stream, request))
+    return {"stream": stream.name}
 
 
 @app.delete("/jobs/{name}", dependencies=[Depends(same_origin)])
 async def stop_job(name: str) -> dict[str, str]:
-    if name not in jobs:
+    if not await storage.stop_job(name):
         raise HTTPException(404, "there is no such job, or it has ended")
-    jobs[name].cancel()
     return {"stream": name}
 
 
 @app.get("/stats")
 async def stats() -> dict[str, Any]:
-    return {"streams": {name: len(stream.events) for name, stream in streams.items()}, "keep": KEEP}
+    return {"streams": await storage.stats(), "keep": KEEP}
 
 
 @app.get("/")

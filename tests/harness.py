@@ -248,7 +248,8 @@ class Server:
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = env or {}
-        if "lessons.redis_server" in " ".join(command) and "REDIS_URL" not in env:
+        with_redis = any(name in " ".join(command) for name in ("lessons.redis_server", "log_redis_server"))
+        if with_redis and "REDIS_URL" not in env:
             env = {**env, "REDIS_URL": shared_redis().url()}  # a database, and so a queue, of its own
         command, env = [*command, str(self.port)], {**os.environ, **env}
         self.process: subprocess.Popen[bytes] | Forked

@@ -18,6 +18,7 @@ WITH_A_PAGE = [
     "multiproc_server",
     "rooms_server",
     "log_server",
+    "log_redis_server",
     "ack_server",
     "auth_server",
     "limits_server",

@@ -1,0 +1,350 @@
+"""What lessons/log_redis_server.py promises beyond log_server.py: one log for many servers; any may die."""
+
+import asyncio
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from typing import Any
+
+import pytest
+import redis
+
+from tests.diffs import without_docstring
+from tests.harness import (
+    ROOT,
+    SLOWNESS,
+    TIMEOUT,
+    Redis,
+    Server,
+    client,
+    free_port,
+    numbered,
+    running,
+    until,
+    wait_for,
+    with_options,
+)
+from tests.test_log import COMMANDS, Consumer, consumer, event_source, produce, program, request, start_job
+from tests.test_redis import lose, restore, worker
+
+NAME = "log_redis_server"
+COMMAND = COMMANDS[NAME]
+# So that the tests need not wait as long as the lesson does.
+IMPATIENT = program(NAME, HEARTBEAT=1, JOB_TIMEOUT=3, REDIS_TIMEOUT=2 * SLOWNESS)
+OVER_AND_OVER = "word " * 10_000
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Redis]:
+    """A Redis that tests may kill, and must start again."""
+    with closing(Redis()) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def env(broker: Redis) -> dict[str, str]:
+    """With it, servers use the same log."""
+    return {"REDIS_URL": broker.url()}
+
+
+@pytest.fixture(scope="module")
+def shared_pair(env: dict[str, str]) -> Iterator[list[Server]]:
+    with running(IMPATIENT, env=env) as one, running(IMPATIENT, env=env) as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def pair(shared_pair: list[Server]) -> Iterator[list[Server]]:
+    """Two servers with one Redis, as on two machines."""
+    yield shared_pair
+    for server in shared_pair:
+        check_quiet(server)
+
+
+def check_quiet(server: Server) -> None:
+    for complaint in ("Traceback", "never retrieved", "destroyed", "never awaited"):
+        assert complaint not in server.log, server.log
+
+
+async def ending(taker: Consumer) -> dict[str, Any]:
+    """Skip events up to the end of the stream, and return that frame."""
+    while "end" not in (frame := await taker.frame()):
+        pass
+    await taker.websocket.wait_closed()
+    assert taker.websocket.close_code == 1000
+    return frame
+
+
+# Many servers
+
+
+async def test_all_consumers_get_all_events_in_the_same_order(pair: list[Server]) -> None:
+    """Producers and consumers are at both servers. No offset is given twice, and none is left out."""
+
+    async def follow(server: Server) -> list[tuple[int, object]]:
+        async with consumer(server, "shared", "0") as taker:
+            return await taker.events(400)
+
+    async with asyncio.TaskGroup() as group:
+        followers = [group.create_task(follow(server)) for server in pair * 2]
+        for start, server in enumerate(pair * 2):
+            group.create_task(produce(server, "shared", numbered(100, start=start * 100)))
+    first, *others = [follower.result() for follower in followers]
+    assert [offset for offset, _ in first] == list(range(1, 401))
+    assert {payload for _, payload in first} == {str(number) for number in range(400)}
+    assert all(other == first for other in others)
+
+
+async def test_a_consumer_resumes_at_another_server(pair: list[Server]) -> None:
+    one, other = pair
+    await produce(one, "moving", numbered(3))
+    async with consumer(one, "moving", "0") as taker:
+        await taker.events(2)
+        epoch = taker.status["epoch"]
+    async with consumer(other, "moving", f"{epoch}:2") as taker:
+        assert taker.status == {"epoch": epoch, "first": 1, "next": 4, "recovered": True}
+        assert await taker.events(1) == [(3, "2")]
+
+
+async def test_a_new_event_reaches_another_server_at_once(pair: list[Server], env: dict[str, str]) -> None:
+    """It does not wait for the next heartbeat, and many events in between do no harm."""
+    one, _ = pair
+    with running(program(NAME, HEARTBEAT=3600), env=env) as other:
+        async with consumer(other, "quiet") as taker:
+            await produce(one, "quiet", ["1"])
+            assert await taker.events(1) == [(1, 1)]
+        await produce(one, "quiet", numbered(1500))
+        async with consumer(other, "quiet") as taker:
+            assert (taker.status["first"], taker.status["next"]) == (502, 1502)
+            await produce(one, "quiet", ['"new"'])
+            assert await taker.events(1) == [(1502, "new")]
+        check_quiet(other)
+
+
+async def test_a_job_can_be_stopped_at_another_server(pair: list[Server]) -> None:
+    """Its consumers get the end, and the job ends where it runs."""
+    one, other = pair
+    mark = len(one.log)
+    stream = start_job(one, OVER_AND_OVER)
+    async with consumer(other, stream, "0") as taker:
+        await taker.events(2)
+        assert "the job no longer runs" not in one.log[mark:]
+        assert request(other, "DELETE", f"/jobs/{stream}") == (200, {"stream": stream})
+        assert await ending(taker) == {"end": "stopped"}
+    await until(lambda: "the job no longer runs" in one.log[mark:], "the job to end")
+    assert request(one, "DELETE", f"/jobs/{stream}")[0] == 404
+
+
+async def test_an_event_source_resumes_at_another_server(pair: list[Server]) -> None:
+    one, other = pair
+    await produce(one, "sse", numbered(2))
+    async with consumer(one, "sse") as taker:
+        epoch = taker.status["epoch"]
+    async with event_source(other, "/streams/sse", f"Last-Event-ID: {epoch}:1") as source:
+        text = (await source.readuntil(f"id: {epoch}:2\n\n".encode())).decode()
+    assert '"recovered": true' in text
+    assert text.count('data: "') == 1
+
+
+# A server or a worker dies
+
+
+@asynccontextmanager
+async def at_another_worker(server: Server, taker: Consumer, after: str) -> AsyncIterator[Consumer]:
+    """A second consumer of the stream `a`, at another worker than the first."""
+    first = worker(server, taker.websocket)
+    async with asyncio.timeout(TIMEOUT):
+        while True:
+            async with consumer(server, "a", after) as other:
+                if worker(server, other.websocket) != first:
+                    yield other
+                    return
+
+
+async def test_a_killed_worker_and_a_restart_lose_nothing(broker: Redis) -> None:
+    """Events, epoch and offsets stay. A consumer at the other worker notices nothing."""
+    env = {"REDIS_URL": broker.url()}
+    with running(with_options(COMMAND, "--workers", "2"), env=env) as server:
+        wait_for(lambda: server.log.count("Application startup complete") == 2, "both workers")
+        await produce(server, "a", numbered(5))
+        async with consumer(server, "a", "0") as doomed:
+            await doomed.events(3)
+            epoch = doomed.status["epoch"]
+            async with at_another_worker(server, doomed, f"{epoch}:3") as other:
+                worker(server, doomed.websocket).kill()
+                await doomed.websocket.wait_closed()
+                await produce(server, "a", ['"after"'])
+                assert await other.events(3) == [(4, "3"), (5, "4"), (6, "after")]
+        server.interrupt()
+        assert server.ends_within(5) is not None
+        check_quiet(server)
+    with running(COMMAND, env=env) as server:
+        async with consumer(server, "a", f"{epoch}:3") as taker:
+            assert taker.status == {"epoch": epoch, "first": 1, "next": 7, "recovered": True}
+            assert await taker.events(3) == [(4, "3"), (5, "4"), (6, "after")]
+
+
+async def test_a_job_fails_if_its_server_is_killed(pair: list[Server], env: dict[str, str]) -> None:
+    """Another server notices that nobody renews the job any more, and writes the end of its stream."""
+    with running(IMPATIENT, env=env) as doomed:
+        stream = start_job(doomed, OVER_AND_OVER)
+        async with consumer(pair[0], stream, "0") as taker:
+            await taker.events(2)
+            doomed.kill()
+            assert await ending(taker) == {"end": "failed"}
+
+
+async def test_a_job_is_stopped_if_its_server_is_stopped(pair: list[Server], env: dict[str, str]) -> None:
+    with running(IMPATIENT, env=env) as server:
+        stream = start_job(server, OVER_AND_OVER)
+        async with consumer(pair[0], stream, "0") as taker:
+            await taker.events(2)
+            server.interrupt()
+            assert await ending(taker) == {"end": "stopped"}
+            assert server.ends_within(2) is not None
+            check_quiet(server)
+
+
+# Redis goes away
+
+
+async def closed(server: Server, path: str) -> tuple[int | None, str | None]:
+    """Connect, and wait until the server closes the connection."""
+    async with client(server, path) as websocket:
+        await websocket.wait_closed()
+        return websocket.close_code, websocket.close_reason
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_redis_goes_away_and_comes_back(pair: list[Server], broker: Redis, how: str) -> None:
+    """Producers and new consumers get 1013. Consumers wait, and then go on. The log says it once.
+
+    A job that could not write has failed.
+    """
+    one, other = pair
+    marks = [len(server.log) for server in pair]
+
+    def logs() -> list[str]:
+        return [server.log[mark:] for server, mark in zip(pair, marks, strict=True)]
+
+    job = start_job(one, OVER_AND_OVER)
+    await produce(one, how, ["1"])
+    async with consumer(other, how, "0") as taker:
+        assert await taker.events(1) == [(1, 1)]
+        lose(broker, how)
+        try:
+            answers = [
+                asyncio.to_thread(request, one, "POST", "/jobs", "words"),
+                asyncio.to_thread(request, one, "GET", f"/streams/{how}"),
+                closed(one, f"/ws/{how}/producer"),
+                closed(other, f"/ws/{how}/consumer"),
+            ]
+            assert [answer[0] for answer in await asyncio.gather(*answers)] == [503, 503, 1013, 1013]
+            await until(lambda: f"{job} failed" in logs()[0], "the job to fail")
+        finally:
+            restore(broker, how)
+        await until(lambda: all("Redis is back" in log for log in logs()), "both to find Redis")
+        await produce(one, how, ["2"])
+        assert await taker.events(1) == [(2, 2)]
+    assert [log.count("Redis is gone") for log in logs()] == [1, 1]
+    async with consumer(other, job, "0") as taker:
+        assert await ending(taker) == {"end": "failed"}
+
+
+async def test_consumers_hear_that_redis_has_lost_the_log(pair: list[Server], broker: Redis) -> None:
+    """They are closed with 1012. When they resume, they get the new log from its first event."""
+    one, other = pair
+    await produce(one, "lost", numbered(5))
+    async with consumer(other, "lost", "0") as taker:
+        await taker.events(5)
+        epoch = taker.status["epoch"]
+        async with event_source(other, f"/streams/lost?after={epoch}:5") as source:
+            await source.readuntil(b"event: start")
+            lose(broker, "emptied")
+            restore(broker, "emptied")
+            await taker.websocket.wait_closed()
+            assert taker.websocket.close_code == 1012
+            assert (await source.read()).endswith(b"0\r\n\r\n")
+    await produce(one, "lost", ['"new"'])
+    async with consumer(other, "lost", f"{epoch}:5") as taker:
+        assert not taker.status["recovered"]
+        assert taker.status["epoch"] > epoch
+        assert await taker.events(1) == [(1, "new")]
+
+
+def test_no_redis_at_the_start() -> None:
+    """The server says so in one line without the password, and ends with the exit code 3."""
+    command = with_options(COMMAND, "--workers", "1")
+    server = Server(command, env={"REDIS_URL": f"redis://:secret@127.0.0.1:{free_port()}"})
+    try:
+        assert server.ends_within(10) is not None
+        assert server.process.poll() == 3
+        [line] = [line for line in server.log.splitlines() if "ERROR" in line]
+        assert "no Redis at redis://127.0.0.1:" in line
+        assert "secret" not in server.log
+        check_quiet(server)
+    finally:
+        server.kill()
+
+
+async def test_ctrl_c_while_redis_is_gone() -> None:
+    """The server ends all the same, with its consumers and its job."""
+    with closing(Redis()) as broker, running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+        stream = start_job(server, OVER_AND_OVER)
+        async with consumer(server, stream, "0") as taker:
+            await taker.events(2)
+            broker.stop()
+            server.interrupt()
+            assert server.ends_within(3) is not None
+            check_quiet(server)
+
+
+def test_a_bad_redis_url_is_one_clear_line() -> None:
+    command = [sys.executable, f"lessons/{NAME}.py", "--port", "0"]
+    env = {**os.environ, "REDIS_URL": "localhost:6379"}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    assert ended.returncode == 3
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("REDIS_URL is not the address of a Redis: ")
+
+
+async def test_the_log_works_on_redis_cluster() -> None:
+    """A script may use several keys only if they have the same hash slot."""
+    broker = Redis("--cluster-enabled", "yes", "--databases", "1")
+    admin: Any = redis.Redis(port=broker.port, decode_responses=True)
+    with closing(broker), closing(admin):
+        admin.cluster("ADDSLOTS", *range(16384))
+        await until(lambda: admin.cluster("INFO")["cluster_state"] == "ok", "the cluster")
+        with running(COMMAND, env={"REDIS_URL": broker.url(0)}) as server:
+            await produce(server, "a", numbered(3))
+            await produce(server, "b", numbered(1))
+            async with consumer(server, "a", "0") as taker:
+                assert len(await taker.events(3)) == 3
+            stream = start_job(server, "two words")
+            async with consumer(server, stream, "0") as taker:
+                assert await ending(taker) == {"end": "done"}
+            assert request(server, "GET", "/stats")[1]["streams"] == {"a": 3, "b": 1, stream: 4}
+
+
+# The files
+
+
+def test_the_server_with_redis_differs_in_one_class() -> None:
+    """Outside the class Storage, only the configuration and the imports are different."""
+
+    def without_storage(path: str) -> list[str]:
+        source = without_docstring((ROOT / "lessons" / path).read_text())
+        start, end = source.index("class Storage:"), source.index("def stop() -> None:")
+        return (source[:start] + source[end:]).splitlines()
+
+    memory, with_redis = without_storage("log_server.py"), without_storage(f"{NAME}.py")
+    changed = [line for line in difflib.ndiff(memory, with_redis) if line[0] in "+-"]
+    assert [line[2:].split(" import ")[0] for line in changed if line[0] == "-"] == [
+        "from collections",
+        "from collections.abc",
+    ]
+    last = changed[-1]
+    assert last == '+ """', "only configuration, up to the end of the script"

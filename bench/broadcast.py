@@ -1,6 +1,6 @@
 """Measure what each copy of a message costs a server that sends it to every subscriber.
 
-    python bench/broadcast.py                  all of it, in two minutes, to bench/broadcast.json
+    python bench/broadcast.py                  all of it, in three minutes, to bench/broadcast.json
     python bench/broadcast.py --peers          fastapi-websocket-pubsub too; see requirements-peers.txt
     python bench/broadcast.py --readme         write bench/README.md's section from broadcast.json
 
@@ -95,6 +95,28 @@ class Lesson(Naive):
         self.transport = transport
 
 
+class Log(Naive):
+    """A consumer of a log, or its producer, which gets each payload back as its receipt."""
+
+    path = "/ws/news/{role}"
+
+    def heard(self, payload: bytes) -> None:
+        if self.role == "producer":
+            return super().heard(payload)
+        frame = json.loads(payload)
+        if "epoch" in frame:
+            self.ready.set()
+        elif "offset" in frame:
+            super().heard(payload[payload.index(b'"payload": ') + 11 : -1])
+        else:
+            self.load.fail(payload.decode())
+
+    def on_ws_connected(self, transport: Any) -> None:
+        self.transport = transport
+        if self.role == "producer":
+            self.ready.set()
+
+
 class Package(Naive):
     """fastapi-websocket-pubsub's calls and answers, in both directions."""
 
@@ -127,10 +149,12 @@ class AmongOthers(Work):
 
 NAIVE = (*UVICORN, "lessons.naive.pubsub_server:app", "--port")
 LESSON = (*UVICORN, "lessons.pubsub_server:app", "--port")
+LOG = (*UVICORN, "lessons.log_server:app", "--port")
 PACKAGE = (sys.executable, "bench/fastapi_websocket_pubsub_server.py")
 SERVERS = [
     Server("naive list", NAIVE, connection=Naive, load=Broadcast),
     Server("pubsub_server.py", LESSON, connection=Lesson, load=Broadcast),
+    Server("log_server.py", LOG, connection=Log, load=Broadcast),
 ]
 PEERS = [
     Server(

@@ -147,7 +147,7 @@ async def test_failed_broadcast(
 
 
 def test_broadcast_run(tmp_path: Path) -> None:
-    """The lesson and the list do the same work, also among filters on other topics."""
+    """The lessons and the list do the same work, also among filters on other topics."""
     saved = tmp_path / "broadcast.json"
     options = ("--rounds", "1", "--scale", "0.02", "--save", str(saved))
     process = run("hundred", "others", *options, script="bench/broadcast.py")
@@ -156,6 +156,7 @@ def test_broadcast_run(tmp_path: Path) -> None:
     for rows in json.loads(saved.read_text())["results"].values():
         assert rows["naive list"]["rate"]["ratio"] == 1
         assert rows["pubsub_server.py"]["rate"]["median"] > 0
+        assert rows["log_server.py"]["rate"]["median"] > 0
 
 
 async def test_compression() -> None:

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
+from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from starlette.types import Message
@@ -332,7 +333,11 @@ async def consumer(websocket: WebSocket) -> None:
 
 @app.get("/stats")
 async def stats() -> dict[str, int | bool]:
-    return {"queued": channel.qsize(), "capacity": CAPACITY, "acks": False}
+    try:
+        queued = channel.qsize()
+    except LOST:
+        raise HTTPException(503, "the process that holds the queue is gone") from None
+    return {"queued": queued, "capacity": CAPACITY, "acks": False}
 
 
 @app.get("/")
@@ -354,7 +359,7 @@ def end_after_parent() -> None:
 
 
 def pass_on_signals(server: Multiprocess) -> None:
-    """Run in a thread of the parent. uvicorn's own handlers would finish a rolling restart first."""
+    """Run in a thread of the parent. uvicorn's own handlers finish a rolling restart first."""
     while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
         server.signal_queue.append(number)
     server.should_exit.set()
@@ -404,7 +409,7 @@ def main() -> None:
         if not signal.sigpending():
             threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
             threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
-            # A worker that is killed while it starts breaks the pipe to it. All workers end with us.
+            # A worker that is killed while it starts breaks the pipe to it. All workers end now.
             with suppress(BrokenPipeError):
                 server.run()
         if process.exitcode is not None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -276,6 +277,10 @@ async def test_the_manager_killed_ends_all(fresh: Server, parked: int) -> None:
         for _ in range(parked):
             await stack.enter_async_context(consumer(fresh))
         manager(fresh).kill()
+        with suppress(OSError, HTTPException):
+            while True:  # until no worker answers any more
+                status, _, _ = await asyncio.to_thread(fresh.get, "/stats")
+                assert status in (200, 503)
         assert await asyncio.to_thread(fresh.ends_within, 5) is not None
         assert fresh.process.returncode == 1
     await until(lambda: not fresh.processes(), "all to end")

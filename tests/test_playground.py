@@ -37,6 +37,7 @@ from tests.harness import (
     receive,
     running,
     until,
+    uvicorn_command,
     vanish,
 )
 
@@ -742,3 +743,74 @@ async def test_without_consumers_the_page_says_what_to_do(playground: Playground
         "Consumers",
         "Bad input",
     ]
+
+
+# The steps, which steps/with_page.py serves with the page
+
+
+@pytest.mark.parametrize(("step", "lost"), [("step0", 1), ("step1", 0), ("step7", 0)])
+async def test_a_class_sees_a_departed_consumer_swallow_a_payload(
+    browser: Browser, step: str, lost: int
+) -> None:
+    """steps/README.md says what to press. The page shows what was sent, what waits, and what arrives."""
+    with running(uvicorn_command(f"steps.with_page:{step}")) as server:
+        async with opened(browser, server) as playground:
+            await playground.add()
+            await playground.press("Disconnect", playground.lanes)
+            await expect(playground.lanes.locator(".state")).to_have_text("closed with 1000 (done)")
+            for payload in ("1", "2", "3"):
+                await playground.send(payload)
+            await expect(playground.page.locator("#receipts")).to_have_text("3")
+            await expect(playground.page.locator("#depth")).to_have_text(str(3 - lost))
+            await playground.add()
+            await expect(playground.lanes.last.locator(".count")).to_have_text(str(3 - lost))
+            assert playground.received == ["1", "2", "3"][lost:]
+
+
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        pytest.param("step0", r"1006 \(no connection, .*\)$", id="step0 breaks off"),
+        pytest.param("step3", r"1000 \(done\): it got a receipt$", id="step3 queues it"),
+        pytest.param("step4", r"1007 \(not a payload\): not JSON: ", id="step4 says what is wrong"),
+    ],
+)
+async def test_a_class_sees_how_a_step_answers_bad_input(browser: Browser, step: str, answer: str) -> None:
+    """In the page, and in the terminal: step 0 logs a traceback."""
+    with running(uvicorn_command(f"steps.with_page:{step}")) as server:
+        async with opened(browser, server) as playground:
+            await playground.press("Not JSON")
+            closed = re.compile(f"^Not JSON: closed with {answer}")
+            await expect(playground.page.locator("#answer")).to_have_text(closed)
+            assert ("Traceback" in server.log) == (step == "step0")
+
+
+@pytest.mark.parametrize(
+    ("step", "depth", "limit", "state"),
+    [
+        ("step4", "1,001", "payloads, no limit", "connected"),
+        ("step5", "1,000", "of 1,000 payloads", "closed with 1013 (try again later)"),
+    ],
+)
+async def test_a_class_sees_whether_the_queue_has_a_limit(
+    browser: Browser, step: str, depth: str, limit: str, state: str
+) -> None:
+    """One payload more than 1,000 makes the difference."""
+    with running(uvicorn_command(f"steps.with_page:{step}")) as server:
+        async with opened(browser, server) as playground:
+            await produce(server, ["1"] * 1000)
+            await playground.send("1")
+            await expect(playground.producer.locator(".state")).to_contain_text(state)
+            await expect(playground.page.locator("#depth")).to_have_text(depth)
+            await expect(playground.page.locator("#capacity")).to_have_text(limit)
+            await expect(playground.page.get_by_role("meter")).to_have_attribute("aria-valuenow", "1000")
+
+
+@pytest.mark.parametrize("step", range(8))
+async def test_every_step_can_serve_the_page(step: int) -> None:
+    """The page, the header that keeps it out of frames, and how many payloads are queued."""
+    with running(uvicorn_command(f"steps.with_page:step{step}")) as server:
+        status, _, body = server.get("/")
+        assert (status, body) == (200, (ROOT / "web" / "index.html").read_text())
+        await produce(server, ["1", "2"])
+        assert server.stats()["queued"] == 2

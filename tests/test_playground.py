@@ -730,8 +730,8 @@ async def test_without_consumers_the_page_says_what_to_do(playground: Playground
     empty = page.get_by_text("No consumer yet. Press Add a consumer: it takes what waits in the queue.")
     await expect(empty).to_be_visible()
     await expect(page.locator("#acks-text")).to_have_text(
-        "A consumer confirms nothing (no acknowledgements). "
-        "If it leaves, payloads on their way to it are lost."
+        "A consumer confirms no payload (no acknowledgements). "
+        "If it leaves, payloads on their way are lost."
     )
     await playground.add()
     await expect(empty).to_be_hidden()

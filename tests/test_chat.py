@@ -28,7 +28,7 @@ from playwright.async_api import (
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, until, uvicorn_command, wait_for
-from tests.test_playground import CHROMIUM, CONTRAST, FLAGS
+from tests.test_playground import CHROMIUM, CONTRAST, FLAGS, barriers
 
 PHONE: ViewportSize = {"width": 360, "height": 740}
 AT_ONCE = 3000 * SLOWNESS  # ms: less than the page takes to forget who is silent
@@ -444,9 +444,11 @@ async def test_before_joining_the_page_says_what_to_do(browser: Browser, pair: l
         primary = window.page.locator(".primary:visible")
         await expect(what_to_do).to_contain_text("Press Join.")
         await expect(primary).to_have_text(["Join"])
+        assert await barriers(window.page) == []
         await window.press("Join")
         await expect(what_to_do).to_be_hidden()
         await expect(primary).to_have_text(["Send"])
+        assert await barriers(window.page) == []
         await window.press("Leave")
         await expect(what_to_do).to_be_visible()
 

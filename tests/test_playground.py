@@ -60,6 +60,7 @@ LAPTOP, TALL_PHONE, ZOOMED = (
     {"viewport": {"width": 390, "height": 844}, "has_touch": True},
     {"viewport": {"width": 640, "height": 400}, "device_scale_factor": 2},
 )
+AXE = ROOT / "tests" / "typescript" / "node_modules" / "axe-core" / "axe.min.js"
 CONTROLS = "button:visible, textarea:visible, select:visible, input:visible, a:visible"
 # Each kind of bad input has a button. What comes back: the code, and what the reason says.
 BAD = {
@@ -101,6 +102,17 @@ pytestmark = [
         reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
     ),
 ]
+
+
+async def barriers(page: Page) -> list[str]:
+    """Return what axe-core finds in the page that is hard to use for some people (WCAG and more)."""
+    assert AXE.exists(), "`npm ci --prefix tests/typescript` installs axe-core"
+    await page.evaluate(AXE.read_text())
+    found: list[str] = await page.evaluate(
+        """async () => (await axe.run()).violations.map(
+            ({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html)}`)"""
+    )
+    return found
 
 
 class Playground:
@@ -556,6 +568,7 @@ async def test_it_fits_a_phone(browser: Browser, site: Server) -> None:
         await expect(playground.page.locator(".count").first).to_have_text("1")
         width = await playground.page.evaluate("document.documentElement.scrollWidth")
         assert width <= PHONE["width"]
+        assert await barriers(playground.page) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -567,6 +580,7 @@ async def test_it_is_readable(browser: Browser, site: Server, scheme: str) -> No
         faint, background = await playground.page.evaluate(CONTRAST)
         assert faint == []
         assert (background > 0.5) == (scheme == "light")
+        assert await barriers(playground.page) == []
 
 
 async def test_the_page_is_one_short_file() -> None:
@@ -591,6 +605,7 @@ async def test_dead_letters_can_be_seen_and_retried(browser: Browser) -> None:
                 await until(lambda: server.queued() + server.stats()["dead"] == 1, "it to come back")
             await expect(page.locator("#dead-count")).to_have_text("1")
             await expect(page.locator("#letters")).to_have_text(poison)
+            assert await barriers(page) == []
             await page.get_by_role("button", name="Put them back into the queue").click()
             await expect(page.locator("#dead")).to_be_hidden()
             await expect(page.locator("#depth")).to_have_text("1")
@@ -722,6 +737,7 @@ async def test_one_button_stands_out(playground: Playground) -> None:
     assert await page.evaluate(PRIMARY) == ["Send"]
     await page.evaluate("find('#login').hidden = false")
     assert await page.evaluate(PRIMARY) == ["Log in"]
+    assert await barriers(page) == []
 
 
 async def test_without_consumers_the_page_says_what_to_do(playground: Playground) -> None:
@@ -730,8 +746,7 @@ async def test_without_consumers_the_page_says_what_to_do(playground: Playground
     empty = page.get_by_text("No consumer yet. Press Add a consumer: it takes what waits in the queue.")
     await expect(empty).to_be_visible()
     await expect(page.locator("#acks-text")).to_have_text(
-        "A consumer confirms no payload (no acknowledgements). "
-        "If it leaves, payloads on their way are lost."
+        "A consumer confirms no payload (no acknowledgements). If it leaves, payloads on their way are lost."
     )
     await playground.add()
     await expect(empty).to_be_hidden()

@@ -639,8 +639,10 @@ async def test_one_sees_the_queue_after_pressing_send(
             await expect(element).to_be_in_viewport(ratio=1)
         await playground.add(2)
         await expect(depth).to_be_in_viewport(ratio=1)
-        await page.evaluate("scrollTo(0, 0)")
-        await playground.press("Too large")
+        # The answer is below the buttons. At first, they end where the screen ends.
+        group = page.get_by_role("group", name="Bad input")
+        await group.evaluate("(group) => scrollBy(0, group.getBoundingClientRect().bottom - innerHeight)")
+        await group.get_by_role("button").last.evaluate("(button) => button.click()")
         await expect(answer).to_contain_text("1009")
         for element in (answer, depth):
             await expect(element).to_be_in_viewport(ratio=1)
@@ -704,6 +706,7 @@ async def test_what_is_unknown_is_shown_as_unknown(browser: Browser) -> None:
         await expect(page.locator("#depth")).to_have_text("\N{EN DASH}")
         await expect(page.locator("#capacity")).to_have_text("unknown")
         await expect(page.get_by_role("meter")).to_have_attribute("aria-valuetext", "unknown")
+        await expect(page.get_by_role("meter")).to_have_attribute("aria-valuenow", "0")
         await expect(page.locator("#acks-text")).to_be_empty()
 
     with running(SERVERS["server.py"]) as server:
@@ -801,14 +804,16 @@ async def test_a_class_sees_how_a_step_answers_bad_input(browser: Browser, step:
 
 
 @pytest.mark.parametrize(
-    ("step", "depth", "limit", "state"),
+    ("step", "depth", "limit", "text", "state"),
     [
-        ("step4", "1,001", "payloads, no limit", "connected"),
-        ("step5", "1,000", "of 1,000 payloads", "closed with 1013 (try again later)"),
+        pytest.param(
+            "step4", "1,001", "payloads, no limit", "Payloads wait", "connected", id="step4 has none"
+        ),
+        pytest.param("step5", "1,000", "of 1,000 payloads", "Full: ", "closed with 1013", id="step5 has one"),
     ],
 )
 async def test_a_class_sees_whether_the_queue_has_a_limit(
-    browser: Browser, step: str, depth: str, limit: str, state: str
+    browser: Browser, step: str, depth: str, limit: str, text: str, state: str
 ) -> None:
     """One payload more than 1,000 makes the difference."""
     with running(uvicorn_command(f"steps.with_page:{step}")) as server:
@@ -818,6 +823,7 @@ async def test_a_class_sees_whether_the_queue_has_a_limit(
             await expect(playground.producer.locator(".state")).to_contain_text(state)
             await expect(playground.page.locator("#depth")).to_have_text(depth)
             await expect(playground.page.locator("#capacity")).to_have_text(limit)
+            await expect(playground.page.locator("#queue-text")).to_contain_text(text)
             await expect(playground.page.get_by_role("meter")).to_have_attribute("aria-valuenow", "1000")
 
 

@@ -507,7 +507,9 @@ async def test_the_playground_logs_in(door: Server) -> None:
         page.on("pageerror", lambda error: errors.append(str(error)))
         asked: list[str] = []
         page.on("websocket", lambda websocket: asked.append(websocket.url))
-        await page.goto(door.url("/", "http"))
+        response = await page.goto(door.url("/", "http"))
+        assert response
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
         state, form = page.locator("#producer .state"), page.locator("#login")
         await expect(state).to_have_text("log in first")
         await page.get_by_role("button", name="Add a consumer").click()

@@ -172,7 +172,9 @@ async def opened(browser: Browser, server: Server) -> AsyncIterator[Window]:
     page.on("request", lambda request: requested.append(request.url))
     page.on("websocket", lambda websocket: requested.append(websocket.url))
     try:
-        await page.goto(server.url("/", "http"))
+        response = await page.goto(server.url("/", "http"))
+        assert response
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
         yield window
     finally:
         await page.close()

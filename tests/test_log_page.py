@@ -51,7 +51,9 @@ async def opened(context: BrowserContext, server: Server) -> tuple[Page, list[st
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    await page.goto(server.url("/", "http"))
+    response = await page.goto(server.url("/", "http"))
+    assert response
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
     return page, problems
 
 

@@ -213,6 +213,7 @@ async def opened(browser: Browser, server: Server, **options: object) -> AsyncIt
     try:
         response = await page.goto(server.url("/", "http"))
         assert response
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
         policy = page.locator("meta[http-equiv='Content-Security-Policy']")
         playground.policy = await policy.get_attribute("content") or ""
         await expect(page.locator("#producer .state")).to_have_text("connected")
@@ -829,7 +830,7 @@ async def test_a_class_sees_whether_the_queue_has_a_limit(
 
 @pytest.mark.parametrize("step", range(8))
 async def test_every_step_can_serve_the_page(step: int) -> None:
-    """The page, the header that keeps it out of frames, and how many payloads are queued."""
+    """The page, and how many payloads are queued."""
     with running(uvicorn_command(f"steps.with_page:step{step}")) as server:
         status, _, body = server.get("/")
         assert (status, body) == (200, (ROOT / "web" / "index.html").read_text())

@@ -6,7 +6,8 @@ import re
 from playwright.async_api import FloatRect, async_playwright, expect
 
 from tests.harness import ROOT, SERVERS, TIMEOUT, running
-from tests.test_playground import CHROMIUM, FLAGS, LAPTOP, opened
+from tests.needs import CHROMIUM
+from tests.test_playground import FLAGS, LAPTOP, opened
 
 CLIP: FloatRect = {"x": 0, "y": 0, "width": 1280, "height": 730}  # the page without the space below it
 

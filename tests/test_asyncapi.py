@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ from playwright.async_api import Page, Route, async_playwright, expect
 from websockets.exceptions import InvalidStatus
 
 from tests.harness import ROOT, TIMEOUT, Server, client, receive, running, uvicorn_command
-from tests.test_playground import CHROMIUM, FLAGS
+from tests.needs import CHROMIUM, needs_browser
+from tests.test_playground import FLAGS
 
 TYPESCRIPT = ROOT / "tests" / "typescript"
 MODULES = TYPESCRIPT / "node_modules"
@@ -26,7 +26,6 @@ COMPONENT = MODULES / "@asyncapi" / "react-component"
 BIN = Path(sys.executable).parent
 TSC = str(MODULES / "typescript" / "bin" / "tsc")
 NODE = shutil.which("node", path=str(BIN)) or "node"
-NO_BROWSER = CHROMIUM is None and "CI" not in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +225,7 @@ async def browsing(server: Server) -> AsyncIterator[tuple[Page, list[str], list[
         await browser.close()
 
 
-@pytest.mark.skipif(NO_BROWSER, reason="no browser here: install Chromium")
+@needs_browser
 async def test_the_page_shows_the_document_with_its_styles(boards: Server) -> None:
     """From the installed copy: everything comes from this server, and the console stays empty."""
     async with browsing(boards) as (page, problems, requested):
@@ -246,7 +245,7 @@ async def test_the_page_shows_the_document_with_its_styles(boards: Server) -> No
     assert all(url.startswith((boards.url("/", "http"), "data:")) for url in requested), requested
 
 
-@pytest.mark.skipif(NO_BROWSER, reason="no browser here: install Chromium")
+@needs_browser
 async def test_the_page_says_what_is_missing(plain: Server) -> None:
     """If no copy is installed, and the network is down, the page says how to install one."""
     async with browsing(plain) as (page, _, requested):

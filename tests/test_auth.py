@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -41,7 +40,8 @@ from tests.harness import (
     uvicorn_command,
     write,
 )
-from tests.test_playground import CHROMIUM, FLAGS
+from tests.needs import CHROMIUM, needs_browser
+from tests.test_playground import FLAGS
 
 KEY = "the tests' own secret key, with more than 32 bytes"
 COMMAND = uvicorn_command("lessons.auth_server:app")
@@ -496,7 +496,7 @@ async def test_the_clients_take_a_token(door: Server) -> None:
             assert script.err.count("\n") == 1
 
 
-@pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no browser here")
+@needs_browser
 async def test_the_playground_logs_in(door: Server) -> None:
     """By keyboard: it says that a password is wrong; the right one connects all. It asks again in the end."""
     expect.set_options(timeout=1000 * TIMEOUT)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -28,7 +27,8 @@ from playwright.async_api import (
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, until, uvicorn_command, wait_for
-from tests.test_playground import CHROMIUM, CONTRAST, FLAGS, barriers
+from tests.needs import CHROMIUM, needs_browser
+from tests.test_playground import CONTRAST, FLAGS, barriers
 
 PHONE: ViewportSize = {"width": 360, "height": 740}
 AT_ONCE = 3000 * SLOWNESS  # ms: less than the page takes to forget who is silent
@@ -49,10 +49,7 @@ SHAPELESS = {
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(
-        CHROMIUM is None and "CI" not in os.environ,
-        reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
-    ),
+    needs_browser,
 ]
 numbers = count(1)
 

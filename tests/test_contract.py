@@ -225,6 +225,18 @@ async def test_five_consumers_share_a_backlog_fairly(server: Server) -> None:
     await check_fair(server)
 
 
+async def test_each_idle_consumer_gets_a_payload_of_a_small_burst(command: list[str]) -> None:
+    """Twenty payloads come at once. No consumer takes them all while the others wait."""
+    if "multiproc_server.py" in command:
+        command = with_options(command, "--workers", "1")  # for the fastest worker may take all
+    with running(command) as server:
+        async with AsyncExitStack() as stack:
+            takers = [await stack.enter_async_context(consumer(server)) for _ in range(5)]
+            await produce(server, numbered(20))
+            first = [await taker.payload() for taker in takers]
+            assert len(set(first)) == 5
+
+
 @pytest.mark.parametrize(
     "ways",
     [pytest.param([way], id=way.__name__) for way in WAYS_TO_LEAVE] + [pytest.param(WAYS_TO_LEAVE, id="all")],

@@ -1,6 +1,5 @@
 """web/log.html in a real browser: a job goes on while the tab is closed, and its words are there later."""
 
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
 
@@ -9,14 +8,12 @@ import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from tests.harness import TIMEOUT, Server, running, uvicorn_command
-from tests.test_playground import CHROMIUM, CONTRAST, FLAGS
+from tests.needs import CHROMIUM, needs_browser
+from tests.test_playground import CONTRAST, FLAGS
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(
-        CHROMIUM is None and "CI" not in os.environ,
-        reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
-    ),
+    needs_browser,
 ]
 QUESTION = " ".join(f"word{number}" for number in range(30))
 

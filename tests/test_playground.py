@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -40,8 +38,8 @@ from tests.harness import (
     uvicorn_command,
     vanish,
 )
+from tests.needs import CHROMIUM, needs_browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--no-sandbox",  # which a container's root cannot have
     "--disable-gpu",
@@ -97,10 +95,7 @@ CONTRAST = """() => {
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(
-        CHROMIUM is None and "CI" not in os.environ,
-        reason="no browser here: install Chromium (Debian: apt install chromium), or Google Chrome",
-    ),
+    needs_browser,
 ]
 
 

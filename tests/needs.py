@@ -1,0 +1,18 @@
+"""Marks for tests that need a program which this machine may lack. On CI it must be there."""
+
+import os
+import shutil
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+def needed(program: str | None, name: str, package: str) -> pytest.MarkDecorator:
+    reason = f"needs {name} (Debian: apt install {package}; macOS: brew install {package})"
+    return pytest.mark.skipif(program is None and "CI" not in os.environ, reason=reason)
+
+
+needs_browser = needed(CHROMIUM, "Chromium or Google Chrome", "chromium")
+needs_nginx = needed(NGINX, "nginx", "nginx")

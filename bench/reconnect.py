@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/reconnect.py
 
-It takes about half a minute and prints the diagram of lessons/deploy.md: the attempts to connect in each
+It takes about fifteen seconds and prints the diagram of lessons/deploy.md: the attempts to connect in each
 tenth of a second, and how long a handshake takes. Clients and server share the machine.
 """
 
@@ -27,9 +27,9 @@ from ws_consumer_client import pause
 
 CLIENTS = 1000
 PATIENCE = 10  # seconds that a handshake may take
-SHOWN = 30  # tenths of a second in the diagram
+SHOWN = 24  # tenths of a second in the diagram
 BAR = 20  # attempts for each character of a bar
-WIDTH = 30  # characters of the longest bar
+WIDTH = 45  # characters of the longest bar
 
 
 def one_second(failures: int) -> float:

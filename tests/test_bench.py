@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import bench, broadcast, load, report
+from bench import bench, broadcast, load, reconnect, report
 from tests.harness import ROOT, SLOWNESS, wait_for
 
 PAYLOADS = 50
@@ -242,3 +242,11 @@ def test_readme_shows_failures() -> None:
     assert "| naive | failed |" in report.section(results)
     assert report.plot(results).count(">failed<") == before + 2, "in the panels for CPU and memory"
     assert "FAILED: of 50 payloads 1 never arrived" in report.table(results)
+
+
+async def test_clients_come_back_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench/reconnect.py: each client has a connection again, after as many attempts as are counted."""
+    monkeypatch.setattr(reconnect, "CLIENTS", 5)
+    attempts, handshakes = await reconnect.restart(lambda failures: 0.1)
+    assert len(handshakes) == 5
+    assert attempts.total() >= 5

@@ -17,24 +17,28 @@ import os
 import random
 import re
 import secrets
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import WebSocketException, WebSocketRequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
-from pydantic_core import from_json
-from redis.asyncio import BlockingConnectionPool, Redis
+from pydantic_core import from_json, to_json
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError
 from starlette.requests import HTTPConnection
 from starlette.types import Message
 
@@ -52,8 +56,10 @@ ON_PURPOSE = (1000, 1001, 1012)
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
 SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
 CLAIM_AFTER = 30  # seconds until other workers redeliver what a dead worker had
+REPLICAS = 0  # replicas that must have a payload, within TIMEOUT, before its receipt is sent
 REDIS_TIMEOUT = 5  # seconds to wait for an answer from Redis
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
+URLS = "redis://HOST:PORT/DB, redis+sentinel://HOST:PORT,.../NAME/DB, redis+cluster://HOST:PORT,..."
 # Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use both.
 STREAM = "{queue}"
 CHANGED = "{queue}:changed"  # wakes workers that wait for payloads
@@ -62,6 +68,9 @@ GROUP = "workers"
 RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
 WORKER = secrets.token_hex(8)
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+FAILED = (RedisError, RedisClusterException, TimeoutError)  # raised by calls to Redis
+# What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
+ELSEWHERE = "read only replica|UNBLOCKED|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
@@ -69,7 +78,10 @@ log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 PUT = """
 local stream, changed = KEYS[1], KEYS[2]
 local group, capacity = ARGV[1], ARGV[2]
-redis.pcall('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM')  -- fails if it exists
+local created = redis.pcall('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM')
+if created.err and string.find(created.err, 'READONLY') then
+    return created  -- this Redis is a replica. Any other error says that the group exists
+end
 local waiting = redis.call('XLEN', stream) - redis.call('XPENDING', stream, group)[1]
 local accepted = math.max(0, math.min(#ARGV - 2, capacity - waiting))
 for i = 3, 2 + accepted do
@@ -101,13 +113,16 @@ end
 return entries
 """
 # The group's own counter is 1 at the first delivery. A payload is always in exactly one of the two
-# Streams.
-FAIL = """
+# Streams. Redis allows this script even if its memory is full: first it deletes.
+REPORT = """
 local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
 local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local set_aside = {}
-for i = 5, #ARGV do
-    local id = ARGV[i]
+local report, set_aside = cjson.decode(ARGV[5]), {}
+for _, id in ipairs(report.acknowledged) do
+    redis.call('XACK', stream, group, id)
+    redis.call('XDEL', stream, id)
+end
+for _, id in ipairs(report.failed) do
     local row = redis.call('XPENDING', stream, group, id, id, 1)[1]
     if row and row[2] == worker then  -- else this is a repetition
         local count = row[4]
@@ -123,7 +138,12 @@ for i = 5, #ARGV do
         end
     end
 end
-redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', 'returned')
+for _, id in ipairs(report.returned) do
+    redis.call('XCLAIM', stream, group, returned, 0, id, 'JUSTID')
+end
+if #report.failed + #report.returned > 0 then
+    redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', 'returned')
+end
 return set_aside
 """
 RETRY = """
@@ -163,27 +183,75 @@ class Unacknowledged:
             self.failed.append(self.payloads.popleft())
 
 
+class Primary(Connection):
+    """A connection to the Redis that has the queue now. After a failover, that is another one."""
+
+    def __init__(self, find: Callable[[], Awaitable[tuple[str, int]]], **options: Any) -> None:
+        super().__init__(**options)
+        self.find = find
+
+    async def connect(self) -> None:
+        if not self.is_connected:
+            self.host, self.port = await self.find()
+        await super().connect()  # type: ignore[no-untyped-call]
+
+
+async def find_node(url: str, nodes: list[ClusterNode], options: dict[str, Any]) -> tuple[str, int]:
+    """Ask the nodes of a Redis Cluster which of them has the queue."""
+    async with RedisCluster.from_url(url, startup_nodes=nodes, **options) as cluster:
+        node = cluster.get_node_from_key(STREAM)
+        assert node, "no node has the queue"
+        return node.host, int(node.port)
+
+
+def connect() -> Redis:
+    """Return a client for REDIS_URL, which connects when it is used. Or raise ValueError."""
+    # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
+    # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
+    # Before 8.0.1, it leaks a connection after a WATCH (redis/redis-py#4123). We have none.
+    once = Retry(NoBackoff(), 0)
+    options: dict[str, Any] = {
+        "max_connections": 3,
+        "retry": once,
+        "socket_timeout": None,  # call() has a timeout
+        "protocol": 2,
+        "decode_responses": True,
+    }
+    url = urlsplit(REDIS_URL)
+    if url.scheme not in ("redis+sentinel", "redis+cluster"):
+        return Redis.from_pool(BlockingConnectionPool.from_url(REDIS_URL, **options))
+    user, _, hosts = url.netloc.rpartition("@")
+    servers = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    name, _, database = url.path.strip("/").partition("/")
+    asking = {"retry": once, "socket_timeout": 1, "socket_connect_timeout": 1}
+    if url.scheme == "redis+cluster":
+        nodes = [ClusterNode(server.hostname or "", server.port or 6379) for server in servers]
+        first = f"redis://{user}@{servers[0].netloc}?{url.query}"
+        options["find"] = partial(find_node, first, nodes, asking)
+    elif name:
+        addresses = [(server.hostname, server.port or 26379) for server in servers]
+        sentinel = Sentinel(addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+        options["find"] = partial(sentinel.discover_master, name)
+    else:
+        raise ValueError("the Sentinels' name for the primary is missing")
+    address = f"redis://{user}@/{database}?{url.query}"
+    pool = BlockingConnectionPool.from_url(address, connection_class=Primary, **options)
+    return Redis.from_pool(pool)
+
+
+def explain(error: Exception) -> str:
+    """Return why Redis failed."""
+    if isinstance(error, AskError):
+        return f"MOVED to {error.host}:{error.port}"
+    # The message may name the place in a pipeline, and the place in a script.
+    why = re.sub(r".* of pipeline caused error: \(.(.*).,\)$", r"\1", str(error))
+    return re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", why) or "no answer"
+
+
 class Channel:
     """A bounded queue in Redis. It redelivers what is not acknowledged."""
 
     def __init__(self) -> None:
-        # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
-        # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
-        # Before 8.0.1, it leaks a connection after a WATCH (redis/redis-py#4123). We have none.
-        pool = BlockingConnectionPool.from_url(
-            REDIS_URL,
-            max_connections=3,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,  # call() has a timeout
-            protocol=2,
-            decode_responses=True,
-        )
-        self.redis = Redis.from_pool(pool)
-        self.put_script = self.redis.register_script(PUT)
-        self.take_script = self.redis.register_script(TAKE)
-        self.fail_script = self.redis.register_script(FAIL)
-        self.retry_script = self.redis.register_script(RETRY)
-        self.leave_script = self.redis.register_script(LEAVE)
         self.reachable = True
         self.line = asyncio.Lock()
         # The consumers with room for a payload. The first in line gets the next one.
@@ -195,7 +263,7 @@ class Channel:
         # consumer failed on them, or that they were returned.
         self.acknowledged: list[str] = []
         self.failed: list[str] = []
-        self.returned: list[Any] = []
+        self.returned: list[str] = []
         self.news = asyncio.Event()
 
     async def call(self, answer: Awaitable[Any]) -> Any:
@@ -203,13 +271,14 @@ class Channel:
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
                 result = await answer
-        except ResponseError as error:
-            # The message of a script's error begins with the place in the script.
-            why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
-            raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
-        except (RedisError, TimeoutError) as error:
+        except FAILED as error:
+            why = explain(error)
+            if isinstance(error, ResponseError) and not re.search(ELSEWHERE, why):
+                raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
+            # The next calls connect anew: after a failover, to another Redis.
+            with suppress(RedisError):
+                await self.redis.connection_pool.disconnect(inuse_connections=False)
             if self.reachable:
-                why = str(error) or "no answer"
                 log.error("Redis is gone (%s): producers get 1013, consumers wait", why)
             self.reachable = False
             raise WebSocketException(1013, "Redis does not answer: try again later") from None
@@ -220,17 +289,27 @@ class Channel:
 
     async def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""
-        async with self.redis.pipeline() as pipe:
+        # Redis would refuse a transaction while its memory is full.
+        async with self.redis.pipeline(transaction=False) as pipe:
+            # This deletes nothing. But a replica, which may have an old queue, refuses it.
+            pipe.xdel(STREAM, "0-1")
             pipe.xlen(STREAM)
             pipe.xpending(STREAM, GROUP)
-            length, pending = await self.call(pipe.execute())
+            _, length, pending = await self.call(pipe.execute())
         taken = sum(row["pending"] for row in pending["consumers"] if row["name"] != RETURNED)
         return int(length - taken)
 
     async def add(self, payloads: list[str]) -> int:
         """Queue the first of the payloads, as many as there is space for. Return how many."""
-        keys = [STREAM, CHANGED]
-        return int(await self.call(self.put_script(keys, [GROUP, CAPACITY, *payloads])))
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.eval(PUT, 2, STREAM, CHANGED, GROUP, CAPACITY, *payloads)
+            if payloads and REPLICAS:
+                pipe.wait(REPLICAS, TIMEOUT * 1000)
+            count, *acknowledged = await self.call(pipe.execute())
+        if count and REPLICAS and acknowledged[0] < REPLICAS:
+            reason = f"{acknowledged[0]} of {REPLICAS} replicas have the payload: try again later"
+            raise WebSocketException(1013, reason)
+        return int(count)
 
     async def put(self, payloads: list[str], max_wait: float) -> int:
         """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
@@ -266,7 +345,8 @@ class Channel:
     def acknowledge(self, unacknowledged: Unacknowledged) -> None:
         """Forget a consumer's oldest payload, and let it have another one."""
         payload_id = unacknowledged.payloads.popleft()
-        self.mine.remove(payload_id)
+        # After a failover, a payload may have been sent to two consumers, and be here no more.
+        self.mine.discard(payload_id)
         self.acknowledged.append(payload_id)
         self.news.set()
         unacknowledged.room += 1
@@ -298,7 +378,7 @@ class Channel:
 
     async def retry(self) -> int:
         """Put the dead letters back, at the end of the queue, and count them."""
-        return int(await self.call(self.retry_script([STREAM, CHANGED, DEAD])))
+        return int(await self.call(self.redis.eval(RETRY, 3, STREAM, CHANGED, DEAD)))
 
     async def fetch(self) -> None:
         """Take as many payloads as the consumers have room for. If there are fewer, wait."""
@@ -309,7 +389,8 @@ class Channel:
                 self.wake.clear()
                 await self.wake.wait()
             most = min(BATCH, sum(consumer.room for consumer in islice(self.with_room, BATCH)))
-            entries = await self.call(self.take_script([STREAM], [GROUP, WORKER, RETURNED, most]))
+            take = self.redis.eval(TAKE, 1, STREAM, GROUP, WORKER, RETURNED, most)
+            entries = await self.call(take)
             for payload_id, (_, payload) in entries:
                 self.deal(payload_id, payload)
             if len(entries) < most:
@@ -348,24 +429,17 @@ class Channel:
             await self.send_report()
 
     async def send_report(self) -> None:
-        acknowledged = self.acknowledged.copy()
-        failed = self.failed.copy()
-        returned = self.returned.copy()
-        if failed:
-            args: list[Any] = [GROUP, WORKER, RETURNED, MAX_DELIVERIES, *failed]
-            for payload in await self.call(self.fail_script([STREAM, CHANGED, DEAD], args)):
-                log.warning("set aside after %d deliveries: %.80s", MAX_DELIVERIES, payload)
-        del self.failed[: len(failed)]
-        async with self.redis.pipeline() as pipe:
-            if acknowledged:
-                pipe.xack(STREAM, GROUP, *acknowledged)
-                pipe.xdel(STREAM, *acknowledged)
-            if returned:
-                pipe.xclaim(STREAM, GROUP, RETURNED, 0, returned, justid=True)
-                pipe.xadd(CHANGED, {"payloads": "returned"}, maxlen=1, approximate=False)
-            await self.call(pipe.execute())
-        del self.acknowledged[: len(acknowledged)]
-        del self.returned[: len(returned)]
+        report = {
+            "acknowledged": self.acknowledged.copy(),
+            "failed": self.failed.copy(),
+            "returned": self.returned.copy(),
+        }
+        args = (GROUP, WORKER, RETURNED, MAX_DELIVERIES, to_json(report))
+        for payload in await self.call(self.redis.eval(REPORT, 3, STREAM, CHANGED, DEAD, *args)):
+            log.warning("set aside after %d deliveries: %.80s", MAX_DELIVERIES, payload)
+        del self.acknowledged[: len(report["acknowledged"])]
+        del self.failed[: len(report["failed"])]
+        del self.returned[: len(report["returned"])]
         if not self.acknowledged and not self.failed and not self.returned:
             self.news.clear()
 
@@ -393,15 +467,21 @@ class Channel:
 
     async def start(self) -> None:
         """Connect to Redis, or end this worker."""
+        problem = ""
         try:
+            self.redis = connect()
             async with asyncio.timeout(REDIS_TIMEOUT):
-                await self.redis.ping()
-        except (RedisError, TimeoutError) as error:
+                await self.redis.eval(PUT, 2, STREAM, CHANGED, GROUP, CAPACITY)
+        except FAILED as error:
+            address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
+            why = explain(error)
+            problem = f"no Redis at {address} ({why}): start redis-server, or set REDIS_URL"
+        except (ValueError, TypeError):
+            problem = f"REDIS_URL is not valid: use {URLS}"
+        if problem:
             # One worker says it for all.
             if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
-                address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
-                why = str(error) or "no answer"
-                log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
+                log.error(problem)
             # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
             os._exit(3)
         loops = (self.fetch, self.report, self.claim)
@@ -416,13 +496,23 @@ class Channel:
             async with asyncio.timeout(0.5):
                 await self.give_back_unknown()
                 await self.send_report()
-                await self.call(self.leave_script([STREAM], [GROUP, WORKER]))
+                await self.call(self.redis.eval(LEAVE, 1, STREAM, GROUP, WORKER))
                 log.info("%d payloads were still queued", await self.qsize())
         await self.redis.aclose()
 
 
+def hang_up(*_: object) -> None:
+    """The terminal was closed. End as on Ctrl+C, and let uvicorn's parent process end, too."""
+    # By itself, it would replace the workers: it takes every SIGHUP for `kill -HUP`.
+    if parent := multiprocessing.parent_process():
+        os.kill(parent.pid or 0, signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, hang_up)
     await channel.start()
     yield  # until every endpoint has returned
     await channel.stop()
@@ -566,29 +656,28 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
         raise refusal
 
 
-@app.get("/stats")
-async def stats() -> dict[str, int | bool]:
+async def or_503() -> AsyncIterator[None]:
+    """Let an HTTP endpoint answer 503 if Redis fails, since HTTP has no close codes."""
     try:
-        queued, dead = await channel.qsize(), await channel.call(channel.redis.xlen(DEAD))
+        yield
     except WebSocketException as error:
         raise HTTPException(503, error.reason) from None
+
+
+@app.get("/stats", dependencies=[Depends(or_503)])
+async def stats() -> dict[str, int | bool]:
+    queued, dead = await channel.qsize(), await channel.call(channel.redis.xlen(DEAD))
     return {"queued": queued, "capacity": CAPACITY, "acks": True, "dead": dead}
 
 
-@app.get("/dead", dependencies=[Depends(same_origin)])
+@app.get("/dead", dependencies=[Depends(same_origin), Depends(or_503)])
 async def dead() -> list[dict[str, Any]]:
-    try:
-        return await channel.dead()
-    except WebSocketException as error:
-        raise HTTPException(503, error.reason) from None
+    return await channel.dead()
 
 
-@app.post("/dead/retry", dependencies=[Depends(same_origin)])
+@app.post("/dead/retry", dependencies=[Depends(same_origin), Depends(or_503)])
 async def retry() -> dict[str, int]:
-    try:
-        return {"retried": await channel.retry()}
-    except WebSocketException as error:
-        raise HTTPException(503, error.reason) from None
+    return {"retried": await channel.retry()}
 
 
 @app.get("/")

@@ -762,14 +762,21 @@ async def test_nginx_in_front(proxy: Server, pair: list[Server], stream: Stream)
 
 
 async def test_a_producer_is_told_why_redis_refuses(broker: Redis) -> None:
-    """Redis answers, but has no memory left: the producer's close reason and the log say so."""
-    with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+    """Redis answers, but has no memory left: the producer's close reason and the log say so.
+
+    Consumers still get what is queued, and their acknowledgements make room.
+    """
+    stream = Stream(broker.url())
+    with closing(stream.client), running(COMMAND, env={"REDIS_URL": stream.url}) as server:
+        await produce(server, ["0"])
         with closing(redis.Redis(port=broker.port)) as admin:
             admin.config_set("maxmemory", 1)
             try:
                 async with client(server, PRODUCER) as producer:
                     await producer.send("1")
                     await producer.wait_closed()
+                assert await drain(server) == ["0"]
+                await until(stream.is_empty, "Redis to forget the payload")
             finally:
                 admin.config_set("maxmemory", 0)
         assert producer.close_code == 1013

@@ -1,0 +1,409 @@
+"""What lessons/redis_server.py survives: a failover, a rolling restart, a closed terminal."""
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from websockets.exceptions import ConnectionClosed
+
+from tests.harness import (
+    CONSUMER,
+    PRODUCER,
+    SERVERS,
+    SLOWNESS,
+    TIMEOUT,
+    Redis,
+    Server,
+    client,
+    consumer,
+    drain,
+    free_port,
+    numbered,
+    produce,
+    receive,
+    redis_executable,
+    running,
+    shared_redis,
+    until,
+    wait_for,
+    with_options,
+    write,
+)
+from tests.test_redis import Storm, serving, shortened, workers
+
+COMMAND = SERVERS["redis_server.py"]
+DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Sentinel thinks that Redis is down
+FAILOVER = 6 * TIMEOUT  # seconds in which the Sentinels must have promoted the replica
+SENTINEL_CONF = """\
+bind 127.0.0.1
+port {port}
+dir {folder}
+sentinel monitor queue 127.0.0.1 {primary} 2
+sentinel down-after-milliseconds queue {down_after:.0f}
+sentinel failover-timeout queue {again:.0f}
+"""
+
+
+class Node(Redis):
+    """A Redis that may be a replica, or a node of a cluster."""
+
+    def __init__(self, *options: str) -> None:
+        super().__init__(*options)
+        once = Retry(NoBackoff(), 0)
+        # Any: some answers are typed as awaitable
+        self.admin: Any = redis.Redis(port=self.port, retry=once, decode_responses=True)
+
+    def start_as_replica(self, primary: Redis) -> None:
+        self._options = ("--replicaof", "127.0.0.1", str(primary.port))
+        self.start()
+
+    def is_primary(self) -> bool:
+        with suppress(redis.ConnectionError):
+            return bool(self.admin.role()[0] == "master")
+        return False
+
+    def follows(self, primary: Redis) -> bool:
+        """Whether it has all that the primary has."""
+        replication = self.admin.info("replication")
+        return (replication["role"], replication.get("master_port")) == ("slave", primary.port) and (
+            replication["master_link_status"] == "up"
+        )
+
+    def close(self) -> None:
+        self.admin.close()
+        super().close()
+
+
+@pytest.fixture
+def stream_url() -> str:
+    return shared_redis().url()
+
+
+class Deployment:
+    """A primary, its replica, and three Sentinels that watch them."""
+
+    def __init__(self) -> None:
+        self.primary, self.replica = Node(), Node()
+        self.replica.kill()
+        self.replica.start_as_replica(self.primary)
+        wait_for(lambda: self.replica.follows(self.primary), "the replica to follow")
+        self.databases = itertools.count()
+        self.folder = tempfile.TemporaryDirectory()
+        self.ports = [free_port() for _ in range(3)]
+        self.sentinels = [self.start_sentinel(port) for port in self.ports]
+        self.admins: list[Any] = [redis.Redis(port=port, decode_responses=True) for port in self.ports]
+        wait_for(self.is_complete, "the Sentinels to know each other", FAILOVER)
+
+    def start_sentinel(self, port: int) -> subprocess.Popen[bytes]:
+        values = {"port": port, "folder": self.folder.name, "primary": self.primary.port}
+        conf = Path(self.folder.name) / f"{port}.conf"
+        conf.write_text(SENTINEL_CONF.format(**values, down_after=DOWN_AFTER, again=3 * DOWN_AFTER))
+        command = [redis_executable(), str(conf), "--sentinel"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def is_complete(self) -> bool:
+        """Whether each Sentinel sees the other two, the primary, and its replica."""
+        with suppress(redis.ConnectionError):
+            for admin in self.admins:
+                primary, replicas = admin.sentinel_masters()["queue"], admin.sentinel_slaves("queue")
+                if primary["port"] != self.primary.port or primary["num-other-sentinels"] != 2:
+                    return False
+                healthy = [row for row in replicas if row["flags"] == "slave"]
+                if [row["port"] for row in healthy] != [self.replica.port]:
+                    return False
+            return True
+        return False
+
+    def url(self) -> str:
+        """The address of a database that nobody uses yet."""
+        sentinels = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        return f"redis+sentinel://{sentinels}/queue/{next(self.databases)}"
+
+    async def fail_over(self) -> float:
+        """Wait until the replica is the primary. Returns when that was."""
+        await until(self.replica.is_primary, "the replica to be promoted", FAILOVER)
+        self.primary, self.replica = self.replica, self.primary
+        return time.monotonic()
+
+    async def restore(self) -> None:
+        """Start the old primary again, as a replica, and wait until a failover is possible again."""
+        self.replica.start_as_replica(self.primary)
+        await until(lambda: self.replica.follows(self.primary), "the old primary to follow", FAILOVER)
+        await until(self.is_complete, "the Sentinels to know of it", FAILOVER)
+
+    def close(self) -> None:
+        for process in self.sentinels:
+            process.kill()
+            process.wait()
+        for admin in self.admins:
+            admin.close()
+        self.primary.close()
+        self.replica.close()
+        self.folder.cleanup()
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    deployment = Deployment()
+    yield deployment
+    deployment.close()
+
+
+async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
+    """The primary is killed under load. Within 5 seconds of the promotion, payloads come and go again.
+
+    Every payload that was echoed arrives, and the old primary comes back as a replica.
+    """
+    with running(COMMAND, env={"REDIS_URL": deployment.url()}) as server, ExitStack() as stack:
+        storm = Storm([server, server])
+        stack.callback(storm.close)
+        async with asyncio.TaskGroup() as group:
+            for start in range(2):
+                group.create_task(storm.produce(start))
+            await storm.flow()
+            deployment.primary.kill()
+            promoted = await deployment.fail_over()
+            await storm.flow()
+            took = time.monotonic() - promoted
+            await deployment.restore()
+            await storm.flow()
+            storm.ending = True
+        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed")
+        assert took < 5 * SLOWNESS
+        assert server.log.rindex("Redis is back") > server.log.rindex("Redis is gone")
+        assert "Traceback" not in server.log
+
+
+async def insist(server: Server, payload: str) -> None:
+    """Send the payload again and again, until there is a receipt."""
+    deadline = time.monotonic() + FAILOVER
+    while time.monotonic() < deadline:
+        with suppress(ConnectionClosed):
+            await produce(server, [payload])
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"no receipt: {server.log}")
+
+
+async def lose_the_primary(deployment: Deployment, server: Server) -> tuple[set[str], set[str]]:
+    """Send 40 MiB while the replica is stopped, kill the primary, and let the replica take its place.
+
+    Returns the payloads that were echoed, and those that came afterwards. The sockets between the two hold
+    some MiB, which reach the replica all the same. It does not know that a consumer has the first payload.
+    """
+    payloads = numbered(40, size=1024 * 1024 - 10)
+    echoed = {"1"}
+    async with AsyncExitStack() as stack:
+        producer = await stack.enter_async_context(client(server, PRODUCER))
+        await insist(server, "1")
+        deployment.replica.stop()
+        try:
+            write(producer, payloads)
+            with suppress(ConnectionClosed):
+                while len(echoed) <= len(payloads):
+                    echoed.add(await receive(producer))
+            holder = await stack.enter_async_context(client(server, CONSUMER))
+            assert await receive(holder) == "1"
+        finally:
+            deployment.primary.kill()
+            deployment.replica.go_on()
+        await deployment.fail_over()
+        await until(lambda: server.get("/stats")[0] == 200, "the server to follow")
+        received = {"1", *await drain(server)}
+        await holder.send("ack")
+        await holder.close()
+        assert holder.close_code == 1000
+    return echoed, received
+
+
+async def test_a_slow_replica_may_lack_payloads(deployment: Deployment) -> None:
+    """With REPLICAS = 0, a receipt says that the primary has the payload. If it dies, that is not enough."""
+    with running(COMMAND, env={"REDIS_URL": deployment.url()}) as server:
+        echoed, received = await lose_the_primary(deployment, server)
+        assert len(echoed) == 41
+        assert len(received) < 41
+        await deployment.restore()
+        assert "Traceback" not in server.log
+
+
+async def test_nothing_is_lost_that_a_replica_must_have(deployment: Deployment, tmp_path: Path) -> None:
+    """With REPLICAS = 1, there is no receipt until the replica has the payload."""
+    command = shortened(tmp_path, REPLICAS=1)
+    with running(command, env={"REDIS_URL": deployment.url()}) as server:
+        echoed, received = await lose_the_primary(deployment, server)
+        assert echoed == {"1"}
+        assert "1" in received
+        reason = "0 of 1 replicas have the payload: try again later"
+        assert f"closed with 1013: {reason}" in server.log
+        # There is no replica now.
+        async with client(server, PRODUCER) as producer:
+            await producer.send("2")
+            await producer.wait_closed()
+            assert (producer.close_code, producer.close_reason) == (1013, reason)
+        await deployment.restore()
+        await insist(server, "2")
+        assert set(await drain(server)) == {"2"}
+        assert "Traceback" not in server.log
+
+
+async def test_a_read_only_replica_is_no_redis() -> None:
+    """Redis becomes a replica: producers get 1013 and /stats 503. It is promoted, and all goes on."""
+    node = Node()
+    with closing(node), running(COMMAND, env={"REDIS_URL": node.url(0)}) as server:
+        await produce(server, ["1", "2"])
+        async with consumer(server) as taker:
+            node.admin.replicaof("127.0.0.1", free_port())
+            status, _, body = server.get("/stats")
+            assert (status, "Redis does not answer" in body) == (503, True)
+            async with client(server, PRODUCER) as producer:
+                await producer.send("3")
+                await producer.wait_closed()
+                assert producer.close_code == 1013
+            assert "Redis is gone (You can't write against a read only replica.)" in server.log
+            assert "Redis is back" not in server.log
+            node.admin.replicaof("NO", "ONE")
+            await produce(server, ["3"])
+            assert server.get("/stats")[0] == 200
+            assert await taker.payloads(3) == ["1", "2", "3"]
+        assert server.log.count("Redis is gone") == server.log.count("Redis is back") == 1
+        assert "Traceback" not in server.log
+
+
+WRONG_URLS = [
+    "localhost",
+    "http://localhost",
+    "redis://localhost:port",
+    "redis://:s3cret#@localhost:6379",
+    "redis://localhost?nonsense=s3cret",
+    "redis+sentinel://localhost:port/queue",
+    "redis+sentinel://localhost",
+    "redis+cluster://:s3cret#@localhost:6379",
+]
+
+
+def refusals(urls: list[str]) -> list[str]:
+    """Start a server with each of the URLs. Each must end with exit code 3 and a line, which is returned."""
+    command = with_options(COMMAND, "--workers", "1")
+    servers = [Server(command, env={"REDIS_URL": url}) for url in urls]
+    lines = []
+    try:
+        for url, server in zip(urls, servers, strict=True):
+            assert server.ends_within(20) is not None, url
+            assert server.process.returncode == 3
+            [line] = [line for line in server.log.splitlines() if line.startswith("ERROR:")]
+            lines.append(line)
+            assert "Traceback" not in server.log
+            assert "s3cret" not in server.log
+    finally:
+        for server in servers:
+            server.kill()
+    return lines
+
+
+def test_a_wrong_url_is_refused_in_one_line() -> None:
+    """The line says what a URL looks like, and contains no part of a password."""
+    for line in refusals(WRONG_URLS):
+        assert line.startswith("ERROR:    REDIS_URL is not valid: use redis://HOST:PORT/DB, redis+sentinel:")
+
+
+def test_no_sentinel_and_no_node_at_the_start() -> None:
+    """The line says where the server has looked."""
+    hosts = f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
+    schemes = ("redis+sentinel", "redis+cluster")
+    lines = refusals([f"{scheme}://:s3cret@{hosts}/queue" for scheme in schemes])
+    for scheme, line in zip(schemes, lines, strict=True):
+        assert line.startswith(f"ERROR:    no Redis at {scheme}://{hosts}/queue (")
+
+
+@pytest.fixture
+def cluster() -> Iterator[list[Node]]:
+    """Four nodes of a Redis Cluster. The first one has the queue, and the last one is its replica."""
+    options = ("--cluster-enabled", "yes", "--databases", "1", "--cluster-node-timeout", f"{DOWN_AFTER:.0f}")
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(closing(Node(*options))) for _ in range(4)]
+        queue = nodes[0].admin.cluster("KEYSLOT", "{queue}")
+        slots = [slot for slot in range(16384) if slot != queue]
+        for node, some in zip(nodes, ([queue], slots[::2], slots[1::2]), strict=False):
+            node.admin.cluster("ADDSLOTS", *some)
+        for node in nodes[1:]:
+            node.admin.cluster("MEET", "127.0.0.1", nodes[0].port)
+
+        def is_complete() -> bool:
+            known = [int(node.admin.cluster("INFO")["cluster_known_nodes"]) for node in nodes]
+            states = [node.admin.cluster("INFO")["cluster_state"] for node in nodes]
+            return known == [4] * 4 and states == ["ok"] * 4
+
+        wait_for(is_complete, "the nodes to know each other", FAILOVER)
+        nodes[3].admin.cluster("REPLICATE", nodes[0].admin.cluster("MYID"))
+        wait_for(lambda: nodes[3].follows(nodes[0]), "the replica to follow", FAILOVER)
+        yield nodes
+
+
+async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> None:
+    """REDIS_URL names two nodes without the queue. The server finds the third, and follows its failover.
+
+    If REDIS_URL names one node as if it were the only Redis, the error says where the queue is.
+    """
+    [line] = await asyncio.to_thread(refusals, [f"redis://127.0.0.1:{cluster[1].port}"])
+    assert f"(MOVED to 127.0.0.1:{cluster[0].port})" in line
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in cluster[1:3])
+    with running(COMMAND, env={"REDIS_URL": f"redis+cluster://{hosts}"}) as server:
+        await produce(server, ["1", "2"])
+        assert cluster[0].admin.xlen("{queue}") == 2
+        async with consumer(server) as taker:
+            assert await taker.payload() == "1"
+        await until(lambda: server.queued() == 1, "the second payload to come back")
+        cluster[0].kill()
+        await until(cluster[3].is_primary, "the replica to be promoted", FAILOVER)
+        await insist(server, "3")
+        assert await drain(server) == ["2", "3"]
+        assert "Traceback" not in server.log
+
+
+async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:
+    """`kill -HUP` under load replaces both workers, one after the other. Every echoed payload arrives."""
+    command = with_options(COMMAND, "--workers", "2")
+    with running(command, env={"REDIS_URL": stream_url}) as server, ExitStack() as stack:
+        await until(lambda: serving(server) == 2, "both workers")
+        old = workers(server)
+        storm = Storm([server, server])
+        stack.callback(storm.close)
+        async with asyncio.TaskGroup() as group:
+            for start in range(2):
+                group.create_task(storm.produce(start))
+            await storm.flow()
+            server.interrupt(signal.SIGHUP)
+            await until(
+                lambda: not any(worker.is_running() for worker in old), "the old workers to end", FAILOVER
+            )
+            await storm.flow()
+            storm.ending = True
+        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed")
+        assert len(workers(server)) == 2
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_closing_the_terminal_ends_all_processes(stream_url: str, count: int) -> None:
+    """The kernel sends SIGHUP to all of them. No worker runs on, and consumers are told that they end."""
+    command = with_options(COMMAND, "--workers", str(count))
+    with running(command, env={"REDIS_URL": stream_url}) as server:
+        await until(lambda: serving(server) == count, "the workers")
+        async with client(server, CONSUMER) as waiting:
+            os.killpg(server.process.pid, signal.SIGHUP)
+            await waiting.wait_closed()
+            assert waiting.close_code == 1012
+        await until(lambda: not server.processes(), "all to end", FAILOVER)
+        assert "Traceback" not in server.log

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -41,7 +42,7 @@ from tests.harness import (
     with_options,
     write,
 )
-from tests.test_redis import Storm, serving, shortened, workers
+from tests.test_redis import REDIS_TIMEOUT, Storm, serving, shortened, workers
 
 COMMAND = SERVERS["redis_server.py"]
 DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Sentinel thinks that Redis is down
@@ -186,6 +187,41 @@ async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
         assert "Traceback" not in server.log
 
 
+def connections(server: Server, node: Redis) -> int:
+    """How many connections the server has to a Redis."""
+    ends = [end for process in server.processes() for end in process.net_connections("tcp")]
+    return sum(end.status == "ESTABLISHED" and end.raddr.port == node.port for end in ends)
+
+
+async def test_a_primary_that_hangs_is_left(deployment: Deployment, tmp_path: Path) -> None:
+    """The primary answers nothing. The server follows the Sentinels to the new one, with all connections.
+
+    The old one goes on, and still takes itself for the primary. What it got now would be lost.
+    """
+    command = shortened(tmp_path, REDIS_TIMEOUT=REDIS_TIMEOUT)
+    payloads = [str(number) for number in range(20)]
+    with running(command, env={"REDIS_URL": deployment.url()}) as server:
+        async with consumer(server) as taker:
+            # At the same time, so that the server has all three connections.
+            await asyncio.gather(*(produce(server, [payload]) for payload in payloads))
+            assert sorted(await taker.payloads(20)) == sorted(payloads)
+            hanging = deployment.primary
+            hanging.stop()
+            try:
+                promoted = await deployment.fail_over()
+                await until(lambda: "Redis is back" in server.log, "the server to follow", FAILOVER)
+                took = time.monotonic() - promoted
+                await until(lambda: connections(server, hanging) == 0, "the server to leave the old primary")
+            finally:
+                hanging.go_on()
+            await asyncio.gather(*(produce(server, [payload]) for payload in payloads))
+            assert sorted(await taker.payloads(20)) == sorted(payloads)
+        hanging.kill()
+        await deployment.restore()
+        assert took < 5 * SLOWNESS
+        assert "Traceback" not in server.log
+
+
 async def insist(server: Server, payload: str) -> None:
     """Send the payload again and again, until there is a receipt."""
     deadline = time.monotonic() + FAILOVER
@@ -259,11 +295,11 @@ async def test_nothing_is_lost_that_a_replica_must_have(deployment: Deployment, 
 
 
 async def test_a_read_only_replica_is_no_redis() -> None:
-    """Redis becomes a replica: producers get 1013 and /stats 503. It is promoted, and all goes on."""
+    """Redis becomes a replica: producers get 1013, /stats 503, and no server starts. Then it is promoted."""
     node = Node()
     with closing(node), running(COMMAND, env={"REDIS_URL": node.url(0)}) as server:
         await produce(server, ["1", "2"])
-        async with consumer(server) as taker:
+        async with consumer(server, prefetch=5) as taker:
             node.admin.replicaof("127.0.0.1", free_port())
             status, _, body = server.get("/stats")
             assert (status, "Redis does not answer" in body) == (503, True)
@@ -271,7 +307,9 @@ async def test_a_read_only_replica_is_no_redis() -> None:
                 await producer.send("3")
                 await producer.wait_closed()
                 assert producer.close_code == 1013
-            assert "Redis is gone (You can't write against a read only replica.)" in server.log
+            assert re.search("Redis is gone .(You can't write against a read only|UNBLOCKED)", server.log)
+            [line] = await asyncio.to_thread(refusals, [node.url(0)])
+            assert "(You can't write against a read only replica" in line
             assert "Redis is back" not in server.log
             node.admin.replicaof("NO", "ONE")
             await produce(server, ["3"])

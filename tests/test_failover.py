@@ -4,12 +4,15 @@ import asyncio
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from redis.retry import Retry
 from websockets.exceptions import ConnectionClosed
 
 from tests.harness import (
+    ALONE,
     CONSUMER,
     PRODUCER,
+    ROOT,
     SERVERS,
     SLOWNESS,
     TIMEOUT,
@@ -31,6 +36,7 @@ from tests.harness import (
     consumer,
     drain,
     free_port,
+    isolates,
     numbered,
     produce,
     receive,
@@ -363,6 +369,26 @@ def test_no_sentinel_and_no_node_at_the_start() -> None:
     lines = refusals([f"{scheme}://:s3cret@{hosts}/queue" for scheme in schemes])
     for scheme, line in zip(schemes, lines, strict=True):
         assert line.startswith(f"ERROR:    no Redis at {scheme}://{hosts}/queue (")
+
+
+@cache
+def has_cables() -> bool:
+    """Whether this system gives a process networks of its own, with a cable between them."""
+    add = ["ip", "link", "add", "here", "type", "veth", "peer", "name", "there"]
+    return bool(
+        isolates() and shutil.which("ip") and subprocess.call([*ALONE, *add], stderr=subprocess.DEVNULL) == 0
+    )
+
+
+def test_a_network_that_drops_everything() -> None:
+    """Between a server and Redis, under load, for twice REDIS_TIMEOUT: nothing that was echoed is lost."""
+    if not has_cables():
+        pytest.skip("no networks of one's own here (Debian: apt install iproute2)")
+    program = [sys.executable, "-m", "tests.partition", str(2 * REDIS_TIMEOUT)]
+    output = subprocess.check_output([*program, f"REDIS_TIMEOUT={REDIS_TIMEOUT}"], cwd=ROOT, text=True)
+    found = re.fullmatch(r"(\d+) echoed, 0 lost, \d+ twice\n", output)
+    assert found, output
+    assert int(found[1]) > 100
 
 
 @pytest.fixture

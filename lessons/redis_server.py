@@ -92,6 +92,18 @@ if accepted > 0 then
 end
 return accepted
 """
+COUNT = """
+local stream, group, returned = KEYS[1], ARGV[1], ARGV[2]
+redis.call('XDEL', stream, '0-1')  -- deletes nothing, but only a primary allows it
+local pending = redis.call('XPENDING', stream, group)
+local waiting = redis.call('XLEN', stream) - pending[1]
+for _, consumer in ipairs(pending[4] or {}) do
+    if consumer[1] == returned then
+        waiting = waiting + consumer[2]
+    end
+end
+return waiting
+"""
 # Payloads that came back go first. They are older than all that no worker has had. XCLAIM would
 # count each redelivery, but only FAIL is to count.
 TAKE = """
@@ -113,7 +125,7 @@ end
 return entries
 """
 # The group's own counter is 1 at the first delivery. A payload is always in exactly one of the two
-# Streams. Redis allows this script even if its memory is full: first it deletes.
+# Streams. Redis allows this even when its memory is full, but it would refuse a transaction.
 REPORT = """
 local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
 local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -205,7 +217,7 @@ async def find_node(url: str, nodes: list[ClusterNode], options: dict[str, Any])
 
 
 def connect() -> Redis:
-    """Return a client for REDIS_URL, which connects when it is used. Or raise ValueError."""
+    """Return a client for REDIS_URL, or raise ValueError. It connects when it is first used."""
     # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
     # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
     # Before 8.0.1, it leaks a connection after a WATCH (redis/redis-py#4123). We have none.
@@ -289,15 +301,7 @@ class Channel:
 
     async def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""
-        # Redis would refuse a transaction while its memory is full.
-        async with self.redis.pipeline(transaction=False) as pipe:
-            # This deletes nothing. But a replica, which may have an old queue, refuses it.
-            pipe.xdel(STREAM, "0-1")
-            pipe.xlen(STREAM)
-            pipe.xpending(STREAM, GROUP)
-            _, length, pending = await self.call(pipe.execute())
-        taken = sum(row["pending"] for row in pending["consumers"] if row["name"] != RETURNED)
-        return int(length - taken)
+        return int(await self.call(self.redis.eval(COUNT, 1, STREAM, GROUP, RETURNED)))
 
     async def add(self, payloads: list[str]) -> int:
         """Queue the first of the payloads, as many as there is space for. Return how many."""
@@ -503,9 +507,10 @@ class Channel:
 
 def hang_up(*_: object) -> None:
     """The terminal was closed. End as on Ctrl+C, and let uvicorn's parent process end, too."""
-    # By itself, it would replace the workers: it takes every SIGHUP for `kill -HUP`.
-    if parent := multiprocessing.parent_process():
-        os.kill(parent.pid or 0, signal.SIGTERM)
+    # By itself, the parent would replace the workers: it takes this SIGHUP for `kill -HUP`.
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid:
+        os.kill(parent.pid, signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
 
 

@@ -48,10 +48,12 @@ from tests.harness import (
     with_options,
     write,
 )
-from tests.test_redis import REDIS_TIMEOUT, Storm, serving, shortened, workers
+from tests.test_redis import CLAIM_AFTER, REDIS_TIMEOUT, Storm, serving, shortened, workers
 
 COMMAND = SERVERS["redis_server.py"]
 DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Sentinel thinks that Redis is down
+# uvicorn gives up a restart if a worker is not ready in time, which is 5 s by default.
+PATIENT = ("--timeout-worker-healthcheck", f"{6 * TIMEOUT:.0f}")
 FAILOVER = 6 * TIMEOUT  # seconds in which the Sentinels must have promoted the replica
 SENTINEL_CONF = """\
 bind 127.0.0.1
@@ -187,7 +189,7 @@ async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
             await deployment.restore()
             await storm.flow()
             storm.ending = True
-        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed")
+        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed", FAILOVER)
         assert took < 5 * SLOWNESS
         assert server.log.rindex("Redis is back") > server.log.rindex("Redis is gone")
         assert "Traceback" not in server.log
@@ -436,9 +438,9 @@ async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> No
         assert "Traceback" not in server.log
 
 
-async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:
+async def test_a_rolling_restart_loses_nothing(stream_url: str, tmp_path: Path) -> None:
     """`kill -HUP` under load replaces both workers, one after the other. Every echoed payload arrives."""
-    command = with_options(COMMAND, "--workers", "2")
+    command = with_options(shortened(tmp_path, CLAIM_AFTER=CLAIM_AFTER), "--workers", "2", *PATIENT)
     with running(command, env={"REDIS_URL": stream_url}) as server, ExitStack() as stack:
         await until(lambda: serving(server) == 2, "both workers")
         old = workers(server)
@@ -454,7 +456,7 @@ async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:
             )
             await storm.flow()
             storm.ending = True
-        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed")
+        await until(lambda: storm.echoed <= set(storm.received()), "all that was echoed", FAILOVER)
         assert len(workers(server)) == 2
         assert "Traceback" not in server.log
 
@@ -462,7 +464,7 @@ async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 async def test_closing_the_terminal_ends_all_processes(stream_url: str, count: int) -> None:
     """The kernel sends SIGHUP to all of them. No worker runs on, and consumers are told that they end."""
-    command = with_options(COMMAND, "--workers", str(count))
+    command = with_options(COMMAND, "--workers", str(count), *PATIENT)
     with running(command, env={"REDIS_URL": stream_url}) as server:
         await until(lambda: serving(server) == count, "the workers")
         async with client(server, CONSUMER) as waiting:

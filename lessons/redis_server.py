@@ -506,8 +506,9 @@ class Channel:
 
 
 def hang_up(*_: object) -> None:
-    """The terminal was closed. End as on Ctrl+C, and let uvicorn's parent process end, too."""
-    # By itself, the parent would replace the workers: it takes this SIGHUP for `kill -HUP`.
+    """End this worker and uvicorn's parent process, as Ctrl+C does."""
+    # When a terminal closes, every process gets a SIGHUP. By itself, the parent would replace its
+    # workers: it takes the signal for `kill -HUP`.
     parent = multiprocessing.parent_process()
     if parent and parent.pid:
         os.kill(parent.pid, signal.SIGTERM)
@@ -516,7 +517,8 @@ def hang_up(*_: object) -> None:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    if hasattr(signal, "SIGHUP"):
+    # Windows has no SIGHUP, and `nohup` lets processes ignore it.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, hang_up)
     await channel.start()
     yield  # until every endpoint has returned

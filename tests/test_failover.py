@@ -50,6 +50,10 @@ from tests.harness import (
 )
 from tests.test_redis import CLAIM_AFTER, REDIS_TIMEOUT, Storm, serving, shortened, workers
 
+# `nohup pytest` lets every process ignore SIGHUP, the servers included.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 COMMAND = SERVERS["redis_server.py"]
 DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Sentinel thinks that Redis is down
 # uvicorn gives up a restart if a worker is not ready in time, which is 5 s by default.
@@ -473,3 +477,11 @@ async def test_closing_the_terminal_ends_all_processes(stream_url: str, count: i
             assert waiting.close_code == 1012
         await until(lambda: not server.processes(), "all to end", FAILOVER)
         assert "Traceback" not in server.log
+
+
+async def test_nohup_keeps_one_process_running(stream_url: str) -> None:
+    """uvicorn itself sets aside what `nohup` did if there is more than one worker."""
+    with running(["nohup", *COMMAND], env={"REDIS_URL": stream_url}) as server:
+        os.killpg(server.process.pid, signal.SIGHUP)
+        await produce(server, ["1"])
+        assert await drain(server) == ["1"]

@@ -174,12 +174,13 @@ def deployment() -> Iterator[Deployment]:
     deployment.close()
 
 
-async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
-    """The primary is killed under load. Within 5 seconds of the promotion, payloads come and go again.
+async def test_the_server_follows_a_failover(deployment: Deployment, tmp_path: Path) -> None:
+    """The primary is killed under load. The server follows within 5 seconds of the promotion.
 
-    Every payload that was echoed arrives, and the old primary comes back as a replica.
+    The old primary comes back as a replica. With REPLICAS = 1, every payload that was echoed arrives.
     """
-    with running(COMMAND, env={"REDIS_URL": deployment.url()}) as server, ExitStack() as stack:
+    command = shortened(tmp_path, REPLICAS=1)
+    with running(command, env={"REDIS_URL": deployment.url()}) as server, ExitStack() as stack:
         storm = Storm([server, server])
         stack.callback(storm.close)
         async with asyncio.TaskGroup() as group:
@@ -188,7 +189,7 @@ async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
             await storm.flow()
             deployment.primary.kill()
             promoted = await deployment.fail_over()
-            await storm.flow()
+            await until(lambda: server.get("/stats")[0] == 200, "the server to follow", FAILOVER)
             took = time.monotonic() - promoted
             await deployment.restore()
             await storm.flow()

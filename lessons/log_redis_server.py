@@ -289,7 +289,7 @@ class Storage:
         return state
 
     def update(self, state: dict[str, Any]) -> None:
-        """Note what a stream holds, and wake its consumers. Stop its job if the stream has ended."""
+        """Note what a stream holds, and wake its consumers. If it has ended, stop its job."""
         name, epoch = state["name"], state["epoch"]
         stream = self.streams.get(name)
         if stream is None or stream.epoch < epoch:

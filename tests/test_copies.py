@@ -94,6 +94,7 @@ TEXTS = {
     "body": 2,
     "check": 2,
     "check_name": 2,
+    "connect": 2,
     "consumer": 5,
     "dead": 2,
     "endpoint": 2,

@@ -390,7 +390,7 @@ def has_cables() -> bool:
 def test_a_network_that_drops_everything() -> None:
     """Between a server and Redis, under load, for twice REDIS_TIMEOUT: nothing that was echoed is lost."""
     if not has_cables():
-        pytest.skip("no networks of one's own here (Debian: apt install iproute2)")
+        pytest.skip("needs networks of its own (Debian: apt install iproute2; Linux only)")
     program = [sys.executable, "-m", "tests.partition", str(2 * REDIS_TIMEOUT)]
     output = subprocess.check_output([*program, f"REDIS_TIMEOUT={REDIS_TIMEOUT}"], cwd=ROOT, text=True)
     found = re.fullmatch(r"(\d+) echoed, 0 lost, \d+ twice\n", output)

@@ -4,10 +4,8 @@ import asyncio
 import itertools
 import json
 import math
-import os
 import random
 import re
-import shutil
 import signal
 import socket
 import time
@@ -53,6 +51,7 @@ from tests.harness import (
     wait_for,
     with_options,
 )
+from tests.needs import NGINX, needs_nginx
 
 COMMAND = SERVERS["redis_server.py"]
 SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
@@ -60,7 +59,6 @@ CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits 
 REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
 PATIENCE = 1 * SLOWNESS  # seconds after which nginx gives up a connection on which nothing comes
 PING_INTERVAL = 0.25 * SLOWNESS  # seconds
-NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 NGINX_MAIN = """
 daemon off;
 master_process off;
@@ -729,9 +727,7 @@ def proxy(shared: list[Server], tmp_path: Path) -> Iterator[Server]:
         assert "[" not in server.log, server.log  # as in [error]
 
 
-@pytest.mark.skipif(
-    NGINX is None and "CI" not in os.environ, reason="no nginx here: install it (Debian: apt install nginx)"
-)
+@needs_nginx
 async def test_nginx_in_front(proxy: Server, pair: list[Server], stream: Stream) -> None:
     """Pages and payloads pass; a page may connect that came through it; an idle consumer stays connected."""
     marks = [len(server.log) for server in pair]

@@ -202,7 +202,7 @@ def play(blocks: list[str], place: int | None) -> None:
         for terminal in terminals:
             assert terminal.shows(r"\Z"), f"printed:\n{terminal.printed()}\nexpected:\n{terminal.expected}"
             assert not terminal.steps, f"not typed: {terminal.steps}"
-            assert not terminal.running(), f"still running: {terminal.process}"
+            assert not terminal.running(), f"still running: {terminal.block}"
     finally:
         for terminal in terminals:
             terminal.kill()

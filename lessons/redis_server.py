@@ -492,12 +492,12 @@ class Channel:
         self.tasks = [asyncio.create_task(self.keep_running(loop)) for loop in loops]
 
     async def stop(self) -> None:
-        """Give everything back. If Redis is gone, other workers claim it."""
+        """Give everything back, in 2 seconds. If Redis is gone, other workers claim it."""
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
         with suppress(WebSocketException, TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(2):
                 await self.give_back_unknown()
                 await self.send_report()
                 await self.call(self.redis.eval(LEAVE, 1, STREAM, GROUP, WORKER))

@@ -212,7 +212,8 @@ async def find_node(url: str, nodes: list[ClusterNode], options: dict[str, Any])
     """Ask the nodes of a Redis Cluster which of them has the queue."""
     async with RedisCluster.from_url(url, startup_nodes=nodes, **options) as cluster:
         node = cluster.get_node_from_key(STREAM)
-        assert node, "no node has the queue"
+        if node is None:
+            raise RedisClusterException("no node has the queue")
         return node.host, int(node.port)
 
 

@@ -345,7 +345,7 @@ class Storage:
                 await stream.changed.wait()
 
     def find(self, stream: Stream, offset: int) -> Event | None:
-        """Return an event if it is one of those that were fetched last."""
+        """Return an event if it was fetched a moment ago, or None."""
         if stream.events:
             index = offset - stream.events[0].offset
             if 0 <= index < len(stream.events):

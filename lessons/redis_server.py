@@ -288,7 +288,7 @@ class Channel:
             why = explain(error)
             if isinstance(error, ResponseError) and not re.search(ELSEWHERE, why):
                 raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
-            # The next calls connect anew: after a failover, to another Redis.
+            # The next calls make new connections. After a failover, they lead to another Redis.
             with suppress(RedisError):
                 await self.redis.connection_pool.disconnect(inuse_connections=False)
             if self.reachable:

@@ -1,4 +1,4 @@
-"""Take the README's picture of the page anew: `python -m tests.picture` writes web/playground.png."""
+"""Take the README's picture of the page: `python -m tests.picture` writes web/playground.png."""
 
 import asyncio
 import re

@@ -645,7 +645,7 @@ async def test_one_sees_the_queue_after_pressing_send(
 
 
 async def test_the_numbers_add_up(playground: Playground) -> None:
-    """What was sent has a receipt, was refused, or has no answer. The lanes' counts can start anew."""
+    """What was sent has a receipt, was refused, or has no answer. The lanes' counts can be reset."""
     page = playground.page
     await playground.add()
     for payload in ("1", "nonsense", "2"):

@@ -3,7 +3,7 @@
     python -m pytest tests/test_contract.py --server "uvicorn mine:app --port"
     python -m pytest tests/test_contract.py --server ws://127.0.0.1:8000
 
-A command gets a free port at its end, and each test starts the server anew. A URL names a server that
+A free port is added to a command, and each test starts a server of its own. A URL names a server that
 already runs on this machine. All tests share it, and those that must start or stop it are left out.
 """
 

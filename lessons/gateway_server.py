@@ -5,8 +5,9 @@
 """Put a websocket in front of another: a gateway that forwards /ws/... to one upstream server.
 
 Run `uvicorn server:app --port 8001`, `python lessons/gateway_server.py`, and the clients as with
-server.py. A slow side makes the other side wait, and when one side ends, so does the other. Delivery is
-at most once: if a connection breaks, messages that the gateway has not written yet are lost.
+server.py. A slow side makes the other side wait, and when one side ends, so does the other.
+Delivery is at most once: if a connection breaks, messages that the gateway has not written yet are
+lost.
 """
 
 import asyncio

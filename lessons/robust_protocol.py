@@ -39,9 +39,9 @@ class Protocol(WebSocketsSansIOProtocol):
             return
         super().data_received(data)
         # The handshake is too large: its request line or one of its headers has more than 8,192
-        # bytes, or it has more than 128 headers. websockets has prepared the answer, HTTP 414 or 431
-        # (python-websockets/websockets#1732), but uvicorn does not send it. The client would wait
-        # forever. Until it leaves, uvicorn's shutdown() would raise AssertionError.
+        # bytes, or it has more than 128 headers. websockets has prepared the answer, HTTP 414 or
+        # 431 (python-websockets/websockets#1732), but uvicorn does not send it. The client would
+        # wait forever. Until it leaves, uvicorn's shutdown() would raise AssertionError.
         if self.conn.handshake_exc and not self.close_sent:
             self.close_sent = True
             self.transport.write(b"".join(self.conn.data_to_send()))

@@ -1,5 +1,6 @@
 """The tests' own tools work, however the tests are started."""
 
+import json
 import subprocess
 import sys
 
@@ -23,3 +24,14 @@ def test_ctrl_c_reaches_a_client_if_the_tests_run_in_the_background() -> None:
     """A shell starts `pytest &` with SIGINT ignored. What the tests start does not inherit that."""
     in_background = ["sh", "-c", '"$@" & wait $!', "sh"]
     subprocess.run([*in_background, sys.executable, "-c", INTERRUPT_A_CLIENT], cwd=ROOT, check=True)
+
+
+def test_each_test_gets_a_port_of_its_own() -> None:
+    """No port is given twice, by any of the processes that run the tests, although no server uses it yet."""
+    ask = "from tests.harness import free_port; print([free_port() for _ in range(50)])"
+    asking = [
+        subprocess.Popen([sys.executable, "-c", ask], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    given = [port for process in asking for port in json.loads(process.communicate()[0])]
+    assert len(set(given)) == 200

@@ -18,15 +18,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.harness import (
-    CONSUMER,
-    MAX_PREFETCH,
-    PRODUCER,
-    SLOWNESS,
-    TIMEOUT,
+from tests.kit.clients import (
     Consumer,
-    Script,
-    Server,
     client,
     consumer,
     consumer_path,
@@ -39,10 +32,13 @@ from tests.harness import (
     receive,
     receive_all,
     reset,
-    until,
     until_its_socket_is_full,
     vanish,
 )
+from tests.kit.commands import CONSUMER, MAX_PREFETCH, PRODUCER
+from tests.kit.scripts import Script
+from tests.kit.servers import Server
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 MIB = 1024 * 1024
 # Seconds in which a server ends if it waits for nobody. It takes one at most, of which uvicorn's parent

@@ -9,9 +9,12 @@ import pytest
 
 from tests import your_server
 
-pytest.register_assert_rewrite("tests.harness", "tests.checks")
+pytest.register_assert_rewrite("tests.kit", "tests.checks")
 
-from tests.harness import NAIVE, SERVERS, Server, Yours, drain, isolates, running  # noqa: E402
+from tests.kit.clients import drain  # noqa: E402
+from tests.kit.commands import NAIVE, SERVERS  # noqa: E402
+from tests.kit.namespaces import isolates  # noqa: E402
+from tests.kit.servers import Server, Yours, running  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,9 @@ from http.client import HTTPConnection
 
 from fastapi import FastAPI, Request, Response
 
-from tests.harness import free_port, until, uvicorn_command
+from tests.kit.commands import uvicorn_command
+from tests.kit.ports import free_port
+from tests.kit.waiting import until
 
 HEADERS = ["content-type", "content-security-policy"]  # of the pages
 PORT = free_port()

@@ -13,49 +13,11 @@ from collections import Counter
 from contextlib import closing, suppress
 from pathlib import Path
 
-from tests.harness import ALONE, LOOPBACK_UP, TIMEOUT, redis_executable, running, until, wait_for
-from tests.test_redis import Storm, shortened
-
-OTHER_NETWORK = ["nsenter", "--net", "--target"]
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
-class Cable:
-    """A network with Redis, at the other end of a cable that can be pulled. Pulled, it drops all packets."""
-
-    def __init__(self) -> None:
-        run(sys.executable, "-c", LOOPBACK_UP)
-        run("ip", "link", "add", "here", "type", "veth", "peer", "name", "there")
-        self.holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
-        ours, theirs = Path("/proc/self/ns/net"), Path(f"/proc/{self.holder.pid}/ns/net")
-        wait_for(lambda: ours.readlink() != theirs.readlink(), "a second network")
-        run("ip", "link", "set", "there", "netns", str(self.holder.pid))
-        run("ip", "address", "add", "10.9.0.1/24", "dev", "here")
-        run("ip", "link", "set", "here", "up")
-        self.there("ip", "address", "add", "10.9.0.2/24", "dev", "there")
-        self.plug()
-
-    def there(self, *command: str) -> None:
-        run(*OTHER_NETWORK, str(self.holder.pid), *command)
-
-    def start_redis(self, folder: str) -> None:
-        options = ["--bind", "10.9.0.2", "--protected-mode", "no", "--save", "", "--dir", folder]
-        command = [*OTHER_NETWORK, str(self.holder.pid), redis_executable(), *options]
-        self.redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def plug(self) -> None:
-        self.there("ip", "link", "set", "there", "up")
-
-    def pull(self) -> None:
-        self.there("ip", "link", "set", "there", "down")
-
-    def close(self) -> None:
-        for process in (self.redis, self.holder):
-            process.kill()
-            process.wait()
+from tests.kit.namespaces import ALONE, Cable
+from tests.kit.servers import running
+from tests.kit.storm import Storm
+from tests.kit.waiting import TIMEOUT, until
+from tests.test_redis import shortened
 
 
 async def main(seconds: float, **constants: float) -> None:

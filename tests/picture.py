@@ -5,9 +5,13 @@ import re
 
 from playwright.async_api import FloatRect, async_playwright, expect
 
-from tests.harness import ROOT, SERVERS, TIMEOUT, running
-from tests.needs import CHROMIUM
-from tests.test_playground import FLAGS, LAPTOP, opened
+from tests.kit.browser import FLAGS
+from tests.kit.commands import SERVERS
+from tests.kit.needs import CHROMIUM
+from tests.kit.playground import LAPTOP, opened
+from tests.kit.root import ROOT
+from tests.kit.servers import running
+from tests.kit.waiting import TIMEOUT
 
 CLIP: FloatRect = {"x": 0, "y": 0, "width": 1280, "height": 730}  # the page without the space below it
 

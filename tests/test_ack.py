@@ -23,14 +23,7 @@ from tests.checks import (
     flood,
     leave_politely,
 )
-from tests.harness import (
-    ACKING,
-    CONSUMER,
-    MAX_PREFETCH,
-    PRODUCER,
-    SLOWNESS,
-    Script,
-    Server,
+from tests.kit.clients import (
     arrived,
     client,
     consumer,
@@ -40,12 +33,13 @@ from tests.harness import (
     produce,
     receive,
     reset,
-    running,
     settled,
-    until,
     vanish,
-    with_options,
 )
+from tests.kit.commands import ACKING, CONSUMER, MAX_PREFETCH, PRODUCER, with_options
+from tests.kit.scripts import Script
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, until
 
 LOAD_SECONDS = 2  # for which consumers are killed under load
 PING = ["--ws-ping-interval", "1", "--ws-ping-timeout", str(1 * SLOWNESS)]

@@ -16,9 +16,13 @@ import pytest
 from playwright.async_api import Page, Route, async_playwright, expect
 from websockets.exceptions import InvalidStatus
 
-from tests.harness import ROOT, TIMEOUT, Server, client, receive, running, uvicorn_command
-from tests.needs import CHROMIUM, needs_browser
-from tests.test_playground import FLAGS
+from tests.kit.browser import FLAGS
+from tests.kit.clients import client, receive
+from tests.kit.commands import uvicorn_command
+from tests.kit.needs import CHROMIUM, needs_browser
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, running
+from tests.kit.waiting import TIMEOUT
 
 TYPESCRIPT = ROOT / "tests" / "typescript"
 MODULES = TYPESCRIPT / "node_modules"

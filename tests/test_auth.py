@@ -14,7 +14,6 @@ from http.client import HTTPConnection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import jwt
 import pytest
@@ -23,27 +22,16 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from tests.checks import check_foreign_page_is_refused, end, fails
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    ROOT,
-    SLOWNESS,
-    TIMEOUT,
-    Script,
-    Server,
-    client,
-    numbered,
-    receive,
-    receive_all,
-    running,
-    until,
-    uvicorn_command,
-    write,
-)
-from tests.needs import CHROMIUM, needs_browser
-from tests.test_playground import FLAGS
+from tests.kit.browser import FLAGS
+from tests.kit.clients import client, numbered, receive, receive_all, write
+from tests.kit.commands import CONSUMER, PRODUCER, uvicorn_command
+from tests.kit.needs import CHROMIUM, needs_browser
+from tests.kit.root import ROOT
+from tests.kit.scripts import Script
+from tests.kit.servers import Server, running
+from tests.kit.tokens import KEY, header, log_in, pair, request, token
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
-KEY = "the tests' own secret key, with more than 32 bytes"
 COMMAND = uvicorn_command("lessons.auth_server:app")
 NAIVE = uvicorn_command("lessons.naive.auth_server:app")
 FIRST_MESSAGE = uvicorn_command("tests.examples.auth_first_message:app")
@@ -61,42 +49,6 @@ IMPATIENT = """if True:
 SCOPES = {PRODUCER: "produce", CONSUMER: "consume"}
 FASTAPI = tuple(int(part) for part in version("fastapi").split(".")[:2])
 PATHS = pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
-
-
-def token(scope: Any = "produce consume", lasts: float = 3600, key: str = KEY, **claims: Any) -> str:
-    """One that the server would give, or almost: a claim that is None is left out."""
-    claims = {"sub": "alice", "exp": math.ceil(time.time() + lasts), "scope": scope, **claims}
-    present = {name: value for name, value in claims.items() if value is not None}
-    return jwt.api_jws.encode(json.dumps(present).encode(), key, "HS256")  # jwt.encode() would refuse some
-
-
-def header(text: str) -> dict[str, Any]:
-    return {"additional_headers": {"Authorization": f"Bearer {text}"}}
-
-
-def pair(*texts: str) -> dict[str, Any]:
-    return {"subprotocols": [Subprotocol(text) for text in ("bearer", *texts)]}
-
-
-def request(
-    server: Server, path: str, form: dict[str, str] | None = None, source: str = "127.0.0.1", bearer: str = ""
-) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, headers and JSON of an answer. Each `source` in 127.0.0.0/8 is an address of this machine."""
-    headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
-    if bearer:
-        headers["Authorization"] = f"bearer {bearer}"
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT, source_address=(source, 0))
-    with closing(connection):
-        connection.request("POST" if form else "GET", path, urlencode(form or {}), headers)
-        response = connection.getresponse()
-        found = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, found, json.loads(response.read())
-
-
-def log_in(
-    server: Server, name: str, password: str, source: str = "127.0.0.1", **more: str
-) -> tuple[int, dict[str, str], dict[str, Any]]:
-    return request(server, "/token", {"username": name, "password": password, **more}, source)
 
 
 def queued(server: Server) -> int:

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from bench import bench, broadcast, load, reconnect, report
-from tests.harness import ROOT, SLOWNESS, wait_for
+from tests.kit.root import ROOT
+from tests.kit.waiting import SLOWNESS, wait_for
 
 PAYLOADS = 50
 WORK = load.Work("work", "work", PAYLOADS)

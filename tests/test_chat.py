@@ -26,9 +26,13 @@ from playwright.async_api import (
 )
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.harness import ROOT, SLOWNESS, TIMEOUT, Server, free_port, until, uvicorn_command, wait_for
-from tests.needs import CHROMIUM, needs_browser
-from tests.test_playground import CONTRAST, FLAGS, barriers
+from tests.kit.browser import CONTRAST, FLAGS, barriers
+from tests.kit.commands import uvicorn_command
+from tests.kit.needs import CHROMIUM, needs_browser
+from tests.kit.ports import free_port
+from tests.kit.root import ROOT
+from tests.kit.servers import Server
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 
 PHONE: ViewportSize = {"width": 360, "height": 740}
 AT_ONCE = 3000 * SLOWNESS  # ms: less than the page takes to forget who is silent

@@ -21,19 +21,12 @@ from websockets.exceptions import ConnectionClosed
 import ws_consumer_client
 import ws_producer_client
 from lessons import pubsub_client
-from tests import harness
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    SCRIPTS,
-    SERVERS,
-    TIMEOUT,
-    Script,
-    Server,
-    free_port,
-    running,
-    until,
-)
+from tests.kit import clients
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS
+from tests.kit.ports import free_port
+from tests.kit.scripts import SCRIPT_ENV, SCRIPTS, Script, recording_proxy
+from tests.kit.servers import Server, running
+from tests.kit.waiting import TIMEOUT, until
 
 MIB = 1024 * 1024
 
@@ -65,7 +58,7 @@ async def relay(started: Server) -> AsyncIterator[Server]:
     """A real server, whose queue is empty. It must come through the test without a traceback."""
     mark = len(started.log)
     yield started
-    await harness.drain(started)
+    await clients.drain(started)
     assert "Traceback" not in started.log[mark:], started.log[mark:]
 
 
@@ -103,7 +96,7 @@ async def test_default_producer(relay: Server, start: Start) -> None:
     producer.process.send_signal(signal.SIGINT)
     assert await producer.ends() == 130
     assert producer.err == ""
-    assert (await harness.drain(relay))[:2] == sent
+    assert (await clients.drain(relay))[:2] == sent
 
 
 async def test_count_and_interval(relay: Server, start: Start) -> None:
@@ -173,7 +166,7 @@ async def test_bad_line(relay: Server, start: Start, tmp_path: Path, line: bytes
     assert producer.err.startswith("line 302")
     assert reason in producer.err
     assert producer.err.count("\n") == 1
-    assert await harness.drain(relay) == good
+    assert await clients.drain(relay) == good
 
 
 async def test_bad_line_after_reconnecting(start: Start) -> None:
@@ -279,7 +272,7 @@ async def test_producer_with_closed_output(start: Start) -> None:
 
 async def test_a_payload_is_a_line(relay: Server, start: Start) -> None:
     """A payload with line breaks between its parts is printed as one line, and is the same value."""
-    await harness.produce(relay, ['{\n"a":\r\n[1]}', '"\\n\u2028"'])
+    await clients.produce(relay, ['{\n"a":\r\n[1]}', '"\\n\u2028"'])
     consumer = start(relay.url(CONSUMER), "--count", "2")
     assert await consumer.ends() == 0
     assert consumer.out == '{ "a":  [1]}\n"\\n\u2028"\n'
@@ -288,7 +281,7 @@ async def test_a_payload_is_a_line(relay: Server, start: Start) -> None:
 
 async def test_count_with_a_backlog(relay: Server, start: Start) -> None:
     """--count ends the consumer at once, however much there is to come."""
-    await harness.produce(relay, [json.dumps("x" * 10_000)] * 900)
+    await clients.produce(relay, [json.dumps("x" * 10_000)] * 900)
     consumer = start(relay.url(CONSUMER), "--count", "3")
     assert await consumer.ends() == 0
     assert consumer.lines == [json.dumps("x" * 10_000)] * 3
@@ -298,11 +291,11 @@ async def test_count_with_a_backlog(relay: Server, start: Start) -> None:
 async def test_consumer_with_closed_output(relay: Server, start: Start) -> None:
     """`| head -1` ends the consumer at the next payload, quietly."""
     consumer = start(relay.url(CONSUMER), piped=True)
-    await harness.produce(relay, ["1"])
+    await clients.produce(relay, ["1"])
     assert consumer.process.stdout
     assert await asyncio.to_thread(consumer.process.stdout.readline) == b"1\n"
     consumer.process.stdout.close()
-    await harness.produce(relay, ["2"])
+    await clients.produce(relay, ["2"])
     assert await consumer.ends() == 0
     assert consumer.err == ""
 
@@ -453,9 +446,9 @@ async def check_no_connection(start: Start, url: str, reason: str) -> None:
 
 async def test_a_proxy_is_used_for_other_hosts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """HTTP_PROXY is ignored for 127.0.0.1, as all other tests show, and used for any other host."""
-    async with harness.recording_proxy() as (proxy, requests):
-        monkeypatch.setitem(harness.SCRIPT_ENV, "HTTP_PROXY", proxy)
-        monkeypatch.setitem(harness.SCRIPT_ENV, "HTTPS_PROXY", proxy)
+    async with recording_proxy() as (proxy, requests):
+        monkeypatch.setitem(SCRIPT_ENV, "HTTP_PROXY", proxy)
+        monkeypatch.setitem(SCRIPT_ENV, "HTTPS_PROXY", proxy)
         await check_no_connection(start, "ws://example.invalid:80", "403")
     assert requests == ["CONNECT example.invalid:80 HTTP/1.1"] * len(SCRIPTS)
 

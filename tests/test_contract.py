@@ -44,12 +44,8 @@ from tests.checks import (
     speak_and_vanish,
     visits,
 )
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    TIMEOUT,
+from tests.kit.clients import (
     Consumer,
-    Server,
     client,
     consumer,
     drain,
@@ -61,12 +57,12 @@ from tests.harness import (
     receive,
     receive_all,
     reset,
-    running,
     settled,
-    until,
     vanish,
-    with_options,
 )
+from tests.kit.commands import CONSUMER, PRODUCER, with_options
+from tests.kit.servers import Server, running
+from tests.kit.waiting import TIMEOUT, until
 
 PATHS = pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
 

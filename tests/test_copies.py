@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, running, shared_redis, uvicorn_command
+from tests.kit.commands import uvicorn_command
+from tests.kit.redis import shared_redis
+from tests.kit.root import ROOT
+from tests.kit.servers import running
 
 LESSONS = [path for path in (ROOT / "lessons").glob("*.py") if path.stem != "test_your_copy"]
 FILES = sorted([*ROOT.glob("*.py"), *LESSONS])

@@ -2,7 +2,10 @@
 
 from websockets.asyncio.client import connect
 
-from tests.harness import CONNECTING, receive, running, until, uvicorn_command
+from tests.kit.clients import CONNECTING, receive
+from tests.kit.commands import uvicorn_command
+from tests.kit.servers import running
+from tests.kit.waiting import until
 
 
 async def test_server_can_be_mounted_in_another_app() -> None:

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +20,17 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from websockets.exceptions import ConnectionClosed
 
-from tests.harness import (
-    ALONE,
-    CONSUMER,
-    PRODUCER,
-    ROOT,
-    SERVERS,
-    SLOWNESS,
-    TIMEOUT,
-    Redis,
-    Server,
-    client,
-    consumer,
-    drain,
-    free_port,
-    isolates,
-    numbered,
-    produce,
-    receive,
-    redis_executable,
-    running,
-    shared_redis,
-    until,
-    wait_for,
-    with_options,
-    write,
-)
-from tests.test_redis import CLAIM_AFTER, REDIS_TIMEOUT, Storm, serving, shortened, workers
+from tests.kit.clients import client, consumer, drain, numbered, produce, receive, write
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.namespaces import has_cables
+from tests.kit.ports import free_port
+from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, redis_executable, shared_redis
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, running
+from tests.kit.storm import Storm
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
+from tests.kit.workers import serving, workers
+from tests.test_redis import shortened
 
 # `nohup pytest` lets every process ignore SIGHUP, the servers included.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -381,15 +363,6 @@ def test_no_sentinel_and_no_node_at_the_start() -> None:
     lines = refusals([f"{scheme}://:s3cret@{hosts}/queue" for scheme in schemes])
     for scheme, line in zip(schemes, lines, strict=True):
         assert line.startswith(f"ERROR:    no Redis at {scheme}://{hosts}/queue (")
-
-
-@cache
-def has_cables() -> bool:
-    """Whether this system gives a process networks of its own, with a cable between them."""
-    add = ["ip", "link", "add", "here", "type", "veth", "peer", "name", "there"]
-    return bool(
-        isolates() and shutil.which("ip") and subprocess.call([*ALONE, *add], stderr=subprocess.DEVNULL) == 0
-    )
 
 
 def test_a_network_that_drops_everything() -> None:

@@ -19,20 +19,11 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from tests.checks import MIB, fails
-from tests.harness import (
-    SLOWNESS,
-    TIMEOUT,
-    Server,
-    client,
-    free_port,
-    narrow,
-    receive,
-    reset,
-    running,
-    until,
-    uvicorn_command,
-    vanish,
-)
+from tests.kit.clients import client, narrow, receive, reset, vanish
+from tests.kit.commands import uvicorn_command
+from tests.kit.ports import free_port
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 PORT = free_port()  # of the upstream, which each test starts for itself
 ENV = {"UPSTREAM": f"ws://127.0.0.1:{PORT}"}

@@ -18,26 +18,20 @@ from websockets.frames import Close, Frame, Opcode
 from websockets.typing import Origin
 
 from tests.checks import end
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    SERVERS,
-    SLOWNESS,
-    TIMEOUT,
-    Server,
+from tests.kit.clients import (
     client,
     consumer,
     narrow,
     numbered,
     produce,
-    running,
     settled,
-    until,
     until_its_socket_is_full,
     vanish,
-    with_options,
     write,
 )
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 MIB = 1024 * 1024
 OPTIONS = ["--ws-per-message-deflate", "false", "--ws-max-size", str(MIB)]

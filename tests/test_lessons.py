@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.harness import ROOT
+from tests.kit.root import ROOT
 
 LESSONS = sorted((ROOT / "lessons").glob("*.py"))
 FILES = [*sorted(ROOT.glob("*.py")), *LESSONS]

@@ -19,24 +19,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lessons import limits_server
 from tests.checks import check_foreign_page_is_refused, end, fails
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    SERVERS,
-    SLOWNESS,
-    TIMEOUT,
-    Server,
-    client,
-    numbered,
-    receive,
-    receive_all,
-    running,
-    until,
-    uvicorn_command,
-    with_options,
-    write,
-)
-from tests.test_auth import KEY, NAIVE, header, log_in, pair, token
+from tests.kit.clients import client, numbered, receive, receive_all, write
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
+from tests.kit.servers import Server, running
+from tests.kit.tokens import KEY, header, log_in, pair, token
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
+from tests.test_auth import NAIVE
 
 COMMAND = uvicorn_command("lessons.limits_server:app")
 SCRIPT = [sys.executable, "lessons/limits_server.py", "--port"]

@@ -7,9 +7,11 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
-from tests.harness import TIMEOUT, Server, running, uvicorn_command
-from tests.needs import CHROMIUM, needs_browser
-from tests.test_playground import CONTRAST, FLAGS
+from tests.kit.browser import CONTRAST, FLAGS
+from tests.kit.commands import uvicorn_command
+from tests.kit.needs import CHROMIUM, needs_browser
+from tests.kit.servers import Server, running
+from tests.kit.waiting import TIMEOUT
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

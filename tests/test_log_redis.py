@@ -13,22 +13,24 @@ import pytest
 import redis
 
 from tests.diffs import without_docstring
-from tests.harness import (
-    ROOT,
-    SLOWNESS,
-    TIMEOUT,
-    Redis,
-    Server,
-    client,
-    free_port,
-    numbered,
-    running,
-    until,
-    wait_for,
-    with_options,
+from tests.kit.clients import client, numbered
+from tests.kit.commands import with_options
+from tests.kit.log_clients import (
+    COMMANDS,
+    Consumer,
+    consumer,
+    event_source,
+    produce,
+    program,
+    request,
+    start_job,
 )
-from tests.test_log import COMMANDS, Consumer, consumer, event_source, produce, program, request, start_job
-from tests.test_redis import lose, restore, worker
+from tests.kit.ports import free_port
+from tests.kit.redis import Redis, lose, restore
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
+from tests.kit.workers import worker
 
 NAME = "log_redis_server"
 COMMAND = COMMANDS[NAME]

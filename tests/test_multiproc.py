@@ -19,27 +19,12 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    ROOT,
-    SERVERS,
-    SLOWNESS,
-    TIMEOUT,
-    Server,
-    busy,
-    client,
-    consumer,
-    drain,
-    free_port,
-    numbered,
-    produce,
-    receive,
-    running,
-    until,
-    wait_for,
-    write,
-)
+from tests.kit.clients import client, consumer, drain, numbered, produce, receive, write
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS
+from tests.kit.ports import free_port
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, busy, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 
 COMMAND = SERVERS["multiproc_server.py"]
 NAIVE = [sys.executable, "lessons/naive/multiproc_server.py"]

@@ -10,22 +10,12 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from lessons import ack_server
-from tests.harness import (
-    ACKING,
-    SERVERS,
-    Script,
-    Server,
-    consumer,
-    drain,
-    numbered,
-    produce,
-    receive,
-    reset,
-    running,
-    shared_redis,
-    until,
-    vanish,
-)
+from tests.kit.clients import consumer, drain, numbered, produce, receive, reset, vanish
+from tests.kit.commands import ACKING, SERVERS
+from tests.kit.redis import shared_redis
+from tests.kit.scripts import Script
+from tests.kit.servers import Server, running
+from tests.kit.waiting import until
 
 MAX_DELIVERIES = 5
 acking = pytest.mark.parametrize("command", ACKING, indirect=True)

@@ -30,27 +30,12 @@ from lessons import pubsub_redis_server as redis_lesson
 from lessons import pubsub_server as lesson
 from tests.checks import MIB, check_foreign_page_is_refused, fails, leave_politely
 from tests.diffs import without_docstring
-from tests.harness import (
-    ROOT,
-    SLOWNESS,
-    TIMEOUT,
-    Redis,
-    Server,
-    client,
-    gone,
-    narrow,
-    port,
-    receive,
-    receive_all,
-    reset,
-    running,
-    until,
-    uvicorn_command,
-    vanish,
-    wait_for,
-    with_options,
-    write,
-)
+from tests.kit.clients import client, gone, narrow, port, receive, receive_all, reset, vanish, write
+from tests.kit.commands import uvicorn_command, with_options
+from tests.kit.redis import Redis
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 
 COMMAND = uvicorn_command("lessons.pubsub_server:app")
 WITH_REDIS = uvicorn_command("lessons.pubsub_redis_server:app")

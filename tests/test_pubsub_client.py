@@ -23,18 +23,12 @@ from websockets.http11 import Request, Response
 
 from lessons import pubsub_client
 from lessons.pubsub_client import Message, PubSubClient
-from tests.harness import (
-    PROXIES,
-    ROOT,
-    SLOWNESS,
-    TIMEOUT,
-    Server,
-    free_port,
-    recording_proxy,
-    running,
-    until,
-    uvicorn_command,
-)
+from tests.kit.commands import uvicorn_command
+from tests.kit.ports import free_port
+from tests.kit.root import ROOT
+from tests.kit.scripts import PROXIES, recording_proxy
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 COMMAND = uvicorn_command("lessons.pubsub_server:app")
 FAST = {"initial_delay": 0.1, "min_delay": 0.1, "max_delay": 0.2}  # seconds between tries to connect

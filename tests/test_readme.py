@@ -24,16 +24,11 @@ from pathlib import Path
 import pytest
 
 from tests.diffs import BLOCK, refreshed
-from tests.harness import (
-    ROOT,
-    TIMEOUT,
-    WAITING,
-    alone,
-    enter,
-    interrupt,
-    redis_executable,
-    wait_for,
-)
+from tests.kit.namespaces import alone, enter, interrupt
+from tests.kit.redis import redis_executable
+from tests.kit.root import ROOT
+from tests.kit.scripts import WAITING
+from tests.kit.waiting import TIMEOUT, wait_for
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "steps").glob("*.md"))]
 PAGES += sorted((ROOT / "lessons").glob("*.md"))

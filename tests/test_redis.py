@@ -1,7 +1,6 @@
 """What lessons/redis_server.py promises beyond the contract: one queue for many servers; any may die."""
 
 import asyncio
-import itertools
 import json
 import math
 import random
@@ -9,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -18,45 +17,23 @@ from typing import Any
 import psutil
 import pytest
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from tests.checks import end, flood
-from tests.harness import (
-    CONSUMER,
-    PRODUCER,
-    ROOT,
-    SERVERS,
-    SLOWNESS,
-    TIMEOUT,
-    Redis,
-    Script,
-    Server,
-    busy,
-    client,
-    consumer,
-    drain,
-    free_port,
-    gone,
-    port,
-    produce,
-    receive,
-    receive_all,
-    running,
-    until,
-    uvicorn_command,
-    vanish,
-    wait_for,
-    with_options,
-)
-from tests.needs import NGINX, needs_nginx
+from tests.kit.clients import client, consumer, drain, gone, port, produce, receive, receive_all, vanish
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
+from tests.kit.needs import NGINX, needs_nginx
+from tests.kit.ports import free_port
+from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, lose, restore
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, busy, running
+from tests.kit.storm import Storm
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
+from tests.kit.workers import serving, worker, workers
 
 COMMAND = SERVERS["redis_server.py"]
 SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
-CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits for it
-REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
 PATIENCE = 1 * SLOWNESS  # seconds after which nginx gives up a connection on which nothing comes
 PING_INTERVAL = 0.25 * SLOWNESS  # seconds
 NGINX_MAIN = """
@@ -211,47 +188,6 @@ def crew(impatient: list[str], crew_stream: Stream) -> Iterator[Server]:
         wait_for(lambda: serving(server) == 2, "both workers")
         yield server
         assert "Traceback" not in server.log
-
-
-def serving(server: Server) -> int:
-    """How many workers have started, those included that were killed since."""
-    return server.log.count("Application startup complete")
-
-
-def workers(server: Server) -> list[psutil.Process]:
-    return [process for process in server.processes() if "spawn_main" in " ".join(process.cmdline())]
-
-
-def worker(server: Server, websocket: ClientConnection) -> psutil.Process:
-    """The one that has this connection."""
-    [process] = [
-        process
-        for process in workers(server)
-        if any(conn.raddr and conn.raddr.port == port(websocket) for conn in process.net_connections("tcp"))
-    ]
-    return process
-
-
-def lose(broker: Redis, how: str) -> None:
-    """Make Redis go away: `killed`, `emptied` (it will come back with nothing), or `stopped`."""
-    if how == "stopped":
-        broker.stop()
-    elif how == "killed":
-        broker.kill()
-    else:
-        once = Retry(NoBackoff(), 0)
-        with suppress(redis.ConnectionError), redis.Redis(port=broker.port, retry=once) as connection:
-            pipe = connection.pipeline(transaction=False)  # the servers get no word in between the two
-            pipe.flushall().execute_command("SHUTDOWN", "NOSAVE")
-            pipe.execute()
-        broker.kill()
-
-
-def restore(broker: Redis, how: str) -> None:
-    if how == "stopped":
-        broker.go_on()
-    else:
-        broker.start()
 
 
 async def test_payloads_go_from_any_server_to_any(pair: list[Server]) -> None:
@@ -596,62 +532,6 @@ async def test_a_killed_workers_payloads_are_claimed(crew: Server, crew_stream: 
             for _ in range(3):
                 await websocket.send("ack")
         await until(crew_stream.is_empty, "the queue to be empty")
-
-
-class Storm:
-    """Producers and consumers at two servers, and what came of it."""
-
-    def __init__(self, servers: list[Server]) -> None:
-        self.servers = servers
-        self.echoed: set[str] = set()
-        self.numbers = itertools.count()
-        self.ending = False
-        self.urls = [server.url(CONSUMER + "?prefetch=8") for server in servers * 2]
-        self.consumers = [Script(url, "--ack") for url in self.urls]
-        self.ended: list[Script] = []
-
-    def received(self) -> list[str]:
-        """What consumers have printed: each payload is, before it is acknowledged."""
-        return [line for script in (*self.ended, *self.consumers) for line in script.lines]
-
-    def revive(self) -> None:
-        """Replace the consumers that have ended."""
-        for slot, script in enumerate(self.consumers):
-            if script.process.poll() is not None:
-                self.ended.append(script)
-                self.consumers[slot] = Script(self.urls[slot], "--ack")
-
-    async def produce(self, start: int) -> None:
-        """Send until the end. What was not echoed is sent again, to the other server."""
-        unechoed: deque[str] = deque()
-        for turn in itertools.count(start):
-            with suppress(ConnectionClosed, InvalidHandshake, OSError, EOFError):
-                async with client(self.servers[turn % 2], PRODUCER) as websocket:
-                    while unechoed or not self.ending:
-                        while not self.ending and len(unechoed) < 20:
-                            unechoed.append(str(next(self.numbers)))
-                        for payload in unechoed:
-                            await websocket.send(payload)
-                        while unechoed:
-                            assert await receive(websocket) == unechoed[0]
-                            self.echoed.add(unechoed.popleft())
-                        await asyncio.sleep(0.02)  # a load, but not all that this machine can bear
-                    return
-            await asyncio.sleep(0.05)
-
-    async def flow(self) -> None:
-        """Wait until payloads come and go."""
-        echoed, received = len(self.echoed), len(self.received())
-
-        def flows() -> bool:
-            self.revive()
-            return len(self.echoed) > echoed + 100 and len(self.received()) > received + 100
-
-        await until(flows, "payloads to come and go", 2 * TIMEOUT)
-
-    def close(self) -> None:
-        for script in (*self.ended, *self.consumers):
-            script.close()
 
 
 async def test_nothing_is_lost_whatever_is_killed(

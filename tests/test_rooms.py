@@ -12,19 +12,10 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
 from tests.checks import fails
-from tests.harness import (
-    SERVERS,
-    Server,
-    client,
-    numbered,
-    receive,
-    reset,
-    running,
-    until,
-    uvicorn_command,
-    vanish,
-    write,
-)
+from tests.kit.clients import client, numbered, receive, reset, vanish, write
+from tests.kit.commands import SERVERS, uvicorn_command
+from tests.kit.servers import Server, running
+from tests.kit.waiting import until
 
 NAIVE = uvicorn_command("lessons.naive.rooms_server:app")
 # The lesson with other limits.

@@ -35,21 +35,11 @@ from tests.checks import (
     speak_and_vanish,
 )
 from tests.diffs import changes
-from tests.harness import (
-    CONSUMER,
-    NAIVE,
-    PRODUCER,
-    ROOT,
-    SERVERS,
-    SLOWNESS,
-    Server,
-    client,
-    reset,
-    running,
-    uvicorn_command,
-    vanish,
-    with_options,
-)
+from tests.kit.clients import client, reset, vanish
+from tests.kit.commands import CONSUMER, NAIVE, PRODUCER, SERVERS, uvicorn_command, with_options
+from tests.kit.root import ROOT
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS
 
 STEPS = sorted((ROOT / "steps").glob("step*.py"))
 # Uvicorn's defaults are 20 s and 20 s.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT
+from tests.kit.root import ROOT
 
 LESSON = (ROOT / "lessons" / "test_your_copy.py").read_text()
 TESTS = re.findall(r"^def (test_\w+)", LESSON, re.MULTILINE)

@@ -14,21 +14,10 @@ from websockets.asyncio.client import ClientConnection
 
 from lessons.typed_server import Call, Client, Router
 from tests.checks import Leaving, check_foreign_page_is_refused
-from tests.harness import (
-    SLOWNESS,
-    TIMEOUT,
-    Server,
-    arrived,
-    client,
-    narrow,
-    receive,
-    reset,
-    running,
-    until,
-    uvicorn_command,
-    vanish,
-    write,
-)
+from tests.kit.clients import arrived, client, narrow, receive, reset, vanish, write
+from tests.kit.commands import uvicorn_command
+from tests.kit.servers import Server, running
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 MEGABYTE = 1024 * 1024
 

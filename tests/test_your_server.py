@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, SERVERS, running
+from tests.kit.commands import SERVERS
+from tests.kit.root import ROOT
+from tests.kit.servers import running
 from tests.your_server import port_of
 
 CONTRACT = ROOT / "tests" / "test_contract.py"

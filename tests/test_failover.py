@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.kit.clients import client, consumer, drain, numbered, produce, receive, write
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.constants import with_constants
 from tests.kit.namespaces import has_cables
 from tests.kit.ports import free_port
 from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, redis_executable, shared_redis
@@ -30,7 +31,6 @@ from tests.kit.servers import Server, running
 from tests.kit.storm import Storm
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 from tests.kit.workers import serving, workers
-from tests.test_redis import shortened
 
 # `nohup pytest` lets every process ignore SIGHUP, the servers included.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -156,12 +156,12 @@ def deployment() -> Iterator[Deployment]:
     deployment.close()
 
 
-async def test_the_server_follows_a_failover(deployment: Deployment, tmp_path: Path) -> None:
+async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
     """The primary is killed under load. The server follows within 5 seconds of the promotion.
 
     The old primary comes back as a replica. With REPLICAS = 1, every payload that was echoed arrives.
     """
-    command = shortened(tmp_path, REPLICAS=1)
+    command = with_constants("lessons.redis_server", REPLICAS=1)
     with running(command, env={"REDIS_URL": deployment.url()}) as server, ExitStack() as stack:
         storm = Storm([server, server])
         stack.callback(storm.close)
@@ -188,12 +188,12 @@ def connections(server: Server, node: Redis) -> int:
     return sum(end.status == "ESTABLISHED" and end.raddr.port == node.port for end in ends)
 
 
-async def test_a_primary_that_hangs_is_left(deployment: Deployment, tmp_path: Path) -> None:
+async def test_a_primary_that_hangs_is_left(deployment: Deployment) -> None:
     """The primary answers nothing. The server follows the Sentinels to the new one, with all connections.
 
     The old one goes on, and still takes itself for the primary. What it got now would be lost.
     """
-    command = shortened(tmp_path, REDIS_TIMEOUT=REDIS_TIMEOUT)
+    command = with_constants("lessons.redis_server", REDIS_TIMEOUT=REDIS_TIMEOUT)
     payloads = [str(number) for number in range(20)]
     with running(command, env={"REDIS_URL": deployment.url()}) as server:
         async with consumer(server) as taker:
@@ -274,9 +274,9 @@ async def test_a_slow_replica_may_lack_payloads(deployment: Deployment) -> None:
         assert "Traceback" not in server.log
 
 
-async def test_nothing_is_lost_that_a_replica_must_have(deployment: Deployment, tmp_path: Path) -> None:
+async def test_nothing_is_lost_that_a_replica_must_have(deployment: Deployment) -> None:
     """With REPLICAS = 1, there is no receipt until the replica has the payload."""
-    command = shortened(tmp_path, REPLICAS=1)
+    command = with_constants("lessons.redis_server", REPLICAS=1)
     with running(command, env={"REDIS_URL": deployment.url()}) as server:
         echoed, received = await lose_the_primary(deployment, server)
         assert echoed == {"1"}
@@ -421,9 +421,11 @@ async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> No
         assert "Traceback" not in server.log
 
 
-async def test_a_rolling_restart_loses_nothing(stream_url: str, tmp_path: Path) -> None:
+async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:
     """`kill -HUP` under load replaces both workers, one after the other. Every echoed payload arrives."""
-    command = with_options(shortened(tmp_path, CLAIM_AFTER=CLAIM_AFTER), "--workers", "2", *PATIENT)
+    command = with_options(
+        with_constants("lessons.redis_server", CLAIM_AFTER=CLAIM_AFTER), "--workers", "2", *PATIENT
+    )
     with running(command, env={"REDIS_URL": stream_url}) as server, ExitStack() as stack:
         await until(lambda: serving(server) == 2, "both workers")
         old = workers(server)

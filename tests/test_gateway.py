@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
@@ -21,6 +20,7 @@ from websockets.typing import Subprotocol
 from tests.checks import MIB, fails
 from tests.kit.clients import client, narrow, receive, reset, vanish
 from tests.kit.commands import uvicorn_command
+from tests.kit.constants import with_constants
 from tests.kit.ports import free_port
 from tests.kit.servers import Server, running
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
@@ -30,10 +30,7 @@ ENV = {"UPSTREAM": f"ws://127.0.0.1:{PORT}"}
 COMMAND = uvicorn_command("lessons.gateway_server:app")
 NAIVE = uvicorn_command("lessons.naive.gateway_server:app")
 STALL = 0.5 * SLOWNESS  # seconds, instead of 40 or 5, where a test waits for it
-IMPATIENT = f"""if True:
-    import sys, uvicorn, lessons.gateway_server as gateway
-    gateway.STALL_TIMEOUT = gateway.OPEN_TIMEOUT = {STALL}
-    uvicorn.run(gateway.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
+IMPATIENT = with_constants("lessons.gateway_server", STALL_TIMEOUT=STALL, OPEN_TIMEOUT=STALL)
 SOON = 1 * SLOWNESS  # seconds in which what goes at once has gone
 Handler = Callable[[ServerConnection], Awaitable[None]]
 Way = Callable[[ClientConnection], Awaitable[None]]
@@ -65,7 +62,7 @@ def own_gateway() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Server]:
-    with running([sys.executable, "-c", IMPATIENT], env=ENV) as server:
+    with running(IMPATIENT, env=ENV) as server:
         yield server
 
 

@@ -4,7 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from tests.kit.constants import with_constants
 from tests.kit.root import ROOT
+from tests.kit.servers import running
 
 INTERRUPT_A_CLIENT = """
 import asyncio
@@ -39,3 +43,10 @@ def test_each_test_gets_a_port_of_its_own() -> None:
     ]
     given = [port for process in asking for port in json.loads(process.communicate()[0])]
     assert len(set(given)) == 200
+
+
+def test_a_misspelled_constant_is_an_error() -> None:
+    """Otherwise, the lesson would run as it is, and the test would show nothing."""
+    command = with_constants("lessons.ack_server", SEND_TIME_OUT=1)
+    with pytest.raises(AssertionError, match=r"lessons\.ack_server has no SEND_TIME_OUT"), running(command):
+        pass

@@ -21,6 +21,7 @@ from lessons import limits_server
 from tests.checks import check_foreign_page_is_refused, end, fails
 from tests.kit.clients import client, numbered, receive, receive_all, write
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
+from tests.kit.constants import with_constants
 from tests.kit.servers import Server, running
 from tests.kit.tokens import KEY, header, log_in, pair, token
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
@@ -29,18 +30,23 @@ from tests.test_auth import NAIVE
 COMMAND = uvicorn_command("lessons.limits_server:app")
 SCRIPT = [sys.executable, "lessons/limits_server.py", "--port"]
 RATE = 50  # payloads a second of the low server
-LOW = f"""if True:
-    import sys, uvicorn, lessons.limits_server as server
-    server.IDLE_TIMEOUT, server.MAX_LIFETIME = {SLOWNESS}, {2.5 * SLOWNESS}
-    server.RATE, server.MAX_DELAY, server.MAX_CONNECTIONS = {RATE}, {0.5 * SLOWNESS}, 3
-    server.LOGIN_WINDOW = 10**9  # so that no failed login is forgotten within a test
-    uvicorn.run(server.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)"""
-BY_USER = f"""if True:
-    import sys, uvicorn, lessons.limits_server as server
-    server.MAX_CONNECTIONS, server.LOGIN_WINDOW = 3, 10**9
-    from tests.examples.auth_limits import app
-    ping = dict(ws_ping_interval=0.2, ws_ping_timeout={1.5 * SLOWNESS})
-    uvicorn.run(app, port=int(sys.argv[1]), timeout_graceful_shutdown=1, **ping)"""
+LOW = {
+    "IDLE_TIMEOUT": SLOWNESS,
+    "MAX_LIFETIME": 2.5 * SLOWNESS,
+    "RATE": RATE,
+    "MAX_DELAY": 0.5 * SLOWNESS,
+    "MAX_CONNECTIONS": 3,
+    "LOGIN_WINDOW": 10**9,  # so that no failed login is forgotten within a test
+}
+BY_USER = with_options(
+    with_constants(
+        "lessons.limits_server",
+        "from tests.examples.auth_limits import app",
+        MAX_CONNECTIONS=3,
+        LOGIN_WINDOW=10**9,
+    ),
+    *("--ws-ping-interval", "0.2", "--ws-ping-timeout", str(1.5 * SLOWNESS)),
+)
 
 
 def source(host: str) -> dict[str, Any]:
@@ -51,7 +57,7 @@ def source(host: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def low() -> Iterator[Server]:
     """A server with short times and low limits."""
-    with running([sys.executable, "-c", LOW]) as server:
+    with running(with_constants("lessons.limits_server", **LOW)) as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -59,7 +65,7 @@ def low() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def by_user() -> Iterator[Server]:
     """auth_server.py with low limits."""
-    with running([sys.executable, "-c", BY_USER], env={"SECRET_KEY": KEY}) as server:
+    with running(BY_USER, env={"SECRET_KEY": KEY}) as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -263,8 +269,8 @@ async def test_right_passwords_do_not_count(low: Server) -> None:
 
 async def test_failed_logins_are_forgotten_after_a_while() -> None:
     """LOGIN_WINDOW after the first of them, one more may fail."""
-    hasty = LOW.replace("10**9", str(0.5 * SLOWNESS))
-    with running([sys.executable, "-c", hasty]) as server:
+    hasty = with_constants("lessons.limits_server", **{**LOW, "LOGIN_WINDOW": 0.5 * SLOWNESS})
+    with running(hasty) as server:
         await until(lambda: guess(server, "dave", "127.0.0.1") == 429, "too many failures")
         await until(lambda: guess(server, "dave", "127.0.0.1") == 401, "the failures to be forgotten")
 

@@ -17,12 +17,20 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from tests.checks import fails
 from tests.kit.clients import client, gone, narrow, numbered, port, receive, reset, vanish
 from tests.kit.commands import uvicorn_command
-from tests.kit.log_clients import COMMANDS, consumer, event_source, produce, program, request, start_job
+from tests.kit.constants import with_constants
+from tests.kit.log_clients import COMMANDS, consumer, event_source, produce, request, start_job
 from tests.kit.ports import free_port
 from tests.kit.servers import Server, running
 from tests.kit.waiting import TIMEOUT, until
 
 NAIVE = uvicorn_command("lessons.naive.log_server:app")
+FAILING_JOB = """
+async def write_words(stream, request):
+    raise ValueError("as asked")
+
+
+lesson.write_words = write_words
+"""
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -191,7 +199,7 @@ async def test_an_offset_that_is_not_there_starts_with_the_oldest_event(server: 
 
 async def test_dropped_events_are_counted(name: str) -> None:
     """A consumer that stops reading is told how many events it missed, in their place."""
-    with running(program(name, KEEP=10)) as server:
+    with running(with_constants(f"lessons.{name}", KEEP=10)) as server:
         payloads = numbered(200, 100_000)
         async with consumer(server, "a", sock=narrow(server), max_queue=1) as slow:
             await produce(server, "a", payloads)
@@ -265,7 +273,7 @@ async def test_a_job_can_be_stopped(server: Server) -> None:
 
 async def test_a_job_can_fail(name: str) -> None:
     """Its consumers hear of it, the log gets a line, and the server goes on."""
-    with running(program(name)) as server:
+    with running(with_constants(f"lessons.{name}", FAILING_JOB)) as server:
         stream = start_job(server, "fail")
         async with consumer(server, stream, "0") as taker:
             assert await taker.frame() == {"end": "failed"}
@@ -331,7 +339,7 @@ async def test_a_stream_too_many_is_refused_until_one_expires(name: str) -> None
     constants = {"MAX_STREAMS": 2, "EXPIRE": 2}
     if name == "log_redis_server":
         constants["HEARTBEAT"] = 1
-    with running(program(name, **constants)) as server:
+    with running(with_constants(f"lessons.{name}", **constants)) as server:
         await produce(server, "unused", ["1"])
         async with consumer(server, "used") as taker:
             async with client(server, "/ws/third/consumer") as refused:

@@ -15,27 +15,43 @@ import redis
 from tests.diffs import without_docstring
 from tests.kit.clients import client, numbered
 from tests.kit.commands import with_options
+from tests.kit.constants import with_constants
 from tests.kit.log_clients import (
     COMMANDS,
     Consumer,
     consumer,
     event_source,
     produce,
-    program,
     request,
     start_job,
 )
 from tests.kit.ports import free_port
-from tests.kit.redis import Redis, lose, restore
+from tests.kit.redis import REDIS_TIMEOUT, Redis, lose, restore
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
-from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
+from tests.kit.waiting import TIMEOUT, until, wait_for
 from tests.kit.workers import worker
 
 NAME = "log_redis_server"
 COMMAND = COMMANDS[NAME]
+# A job says when it ends.
+JOB_WITH_AN_END = """
+write_words = lesson.write_words
+
+
+async def write_words_and_say_so(stream, request):
+    try:
+        await write_words(stream, request)
+    finally:
+        print("the job no longer runs", flush=True)
+
+
+lesson.write_words = write_words_and_say_so
+"""
 # So that the tests need not wait as long as the lesson does.
-IMPATIENT = program(NAME, HEARTBEAT=1, JOB_TIMEOUT=3, REDIS_TIMEOUT=2 * SLOWNESS)
+IMPATIENT = with_constants(
+    f"lessons.{NAME}", JOB_WITH_AN_END, HEARTBEAT=1, JOB_TIMEOUT=3, REDIS_TIMEOUT=REDIS_TIMEOUT
+)
 OVER_AND_OVER = "word " * 10_000
 
 
@@ -114,7 +130,7 @@ async def test_a_consumer_resumes_at_another_server(pair: list[Server]) -> None:
 async def test_a_new_event_reaches_another_server_at_once(pair: list[Server], env: dict[str, str]) -> None:
     """It does not wait for the next heartbeat, and many events in between do no harm."""
     one, _ = pair
-    with running(program(NAME, HEARTBEAT=3600), env=env) as other:
+    with running(with_constants(f"lessons.{NAME}", HEARTBEAT=3600), env=env) as other:
         async with consumer(other, "quiet") as taker:
             await produce(one, "quiet", ["1"])
             assert await taker.events(1) == [(1, 1)]

@@ -1,7 +1,6 @@
 """Poison messages: a payload that crashes every consumer is set aside, and only that payload."""
 
 import json
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from http.client import HTTPConnection
@@ -12,6 +11,7 @@ from websockets.asyncio.client import ClientConnection
 from lessons import ack_server
 from tests.kit.clients import consumer, drain, numbered, produce, receive, reset, vanish
 from tests.kit.commands import ACKING, SERVERS
+from tests.kit.constants import with_constants
 from tests.kit.redis import shared_redis
 from tests.kit.scripts import Script
 from tests.kit.servers import Server, running
@@ -125,23 +125,10 @@ async def test_a_payload_that_was_not_sent_is_not_to_blame() -> None:
     assert [entry.deliveries for entry in unacknowledged.entries] == [1, 0]
 
 
-ONE_DELIVERY = """
-import sys
-
-import uvicorn
-
-from {module} import {name} as lesson
-
-lesson.MAX_DELIVERIES = 1
-uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
-"""
-
-
 @acking
 async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
-    module, _, name = command[3].partition(":")[0].partition(".")
-    program = [sys.executable, "-c", ONE_DELIVERY.format(module=module, name=name)]
-    with running(program, env={"REDIS_URL": shared_redis().url()}) as server:
+    lesson = command[3].removesuffix(":app")
+    with running(with_constants(lesson, MAX_DELIVERIES=1)) as server:
         payloads = numbered(102)
         await produce(server, payloads)
         for payload in payloads:

@@ -32,6 +32,7 @@ from tests.checks import MIB, check_foreign_page_is_refused, fails, leave_polite
 from tests.diffs import without_docstring
 from tests.kit.clients import client, gone, narrow, port, receive, receive_all, reset, vanish, write
 from tests.kit.commands import uvicorn_command, with_options
+from tests.kit.constants import with_constants
 from tests.kit.redis import Redis
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
@@ -47,30 +48,22 @@ REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
 FOREIGN = "http://evil.example"
 GAP = {"type": "dropped", "count": None}  # what every subscriber gets when Redis is back
 
-# A reader's own program: it imports the lesson, changes its constants, and publishes from a route of its own.
-PROGRAM = """
+# What a reader may add to the lesson: routes that publish, listen, and look inside.
+ROUTES = """
 import asyncio
-import sys
-
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-import uvicorn
 from fastapi import HTTPException
 from pydantic import BaseModel
 
-from lessons import {module} as lesson
-
-for name, value in {constants!r}.items():
-    assert hasattr(lesson, name), name
-    setattr(lesson, name, value)
 if hasattr(lesson, "REDIS_URL"):
     lesson.broker = lesson.Broker(lesson.REDIS_URL)
 
 
-@lesson.app.post("/orders/{{number}}")
+@app.post("/orders/{number}")
 async def order(number: int) -> int:
-    return await lesson.publish(f"orders/{{number}}", {{"number": number}})
+    return await lesson.publish(f"orders/{number}", {"number": number})
 
 
 class Reading(BaseModel):
@@ -87,7 +80,7 @@ heard = []
 AT = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
 
-@lesson.app.post("/objects")
+@app.post("/objects")
 async def objects() -> list[int]:
     return [
         await lesson.publish(["a", "b"], Reading(at=AT, value=1.5)),
@@ -101,12 +94,12 @@ async def note(message: dict[str, object]) -> None:
         raise OSError("a callback's own fault")
 
 
-@lesson.app.post("/listen")
+@app.post("/listen")
 async def listen() -> None:
     tasks.append(asyncio.create_task(lesson.listen(["sensors/+", "alarms"], note)))
 
 
-@lesson.app.post("/stop")
+@app.post("/stop")
 async def stop() -> None:
     tasks.pop().cancel()
 
@@ -114,36 +107,33 @@ async def stop() -> None:
 tasks = []
 
 
-@lesson.app.get("/heard")
+@app.get("/heard")
 async def get_heard() -> list[dict[str, object]]:
     return heard
 
 
-@lesson.app.post("/wrong/{{which}}")
+@app.post("/wrong/{which}")
 async def wrong(which: str) -> None:
-    topic, data = {{"topic": ("a/+", 1), "data": ("a", object()), "half": ("a", "\\ud800")}}[which]
+    topic, data = {"topic": ("a/+", 1), "data": ("a", object()), "half": ("a", "\\ud800")}[which]
     try:
         await lesson.publish(topic, data)
     except (TypeError, ValueError) as error:
         raise HTTPException(400, str(error))
 
 
-@lesson.app.get("/inside")
+@app.get("/inside")
 async def inside() -> dict[str, int]:
-    return {{
+    return {
         "filters": len(lesson.filters),
         "subscribers": len(lesson.subscribers),
         "tasks": len(asyncio.all_tasks()),
-    }}
-
-
-uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
+    }
 """
 
 
 def program(module: str = "pubsub_server", **constants: object) -> list[str]:
-    """The command of PROGRAM with these constants; the port follows."""
-    return [sys.executable, "-c", PROGRAM.format(module=module, constants=constants)]
+    """Return the command of a reader's program, with these constants. The port follows."""
+    return with_constants(f"lessons.{module}", ROUTES, **constants)
 
 
 def inside(server: Server) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import random
 import re
 import signal
@@ -22,7 +21,8 @@ from websockets.exceptions import InvalidStatus
 
 from tests.checks import end, flood
 from tests.kit.clients import client, consumer, drain, gone, port, produce, receive, receive_all, vanish
-from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.constants import with_constants
 from tests.kit.needs import NGINX, needs_nginx
 from tests.kit.ports import free_port
 from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, lose, restore
@@ -138,21 +138,9 @@ def stream(broker: Redis) -> Iterator[Stream]:
     stream.client.close()
 
 
-def shortened(folder: Path, **constants: float) -> list[str]:
-    """The command of a copy of the lesson, which does not take as long for some things."""
-    code = (ROOT / "lessons/redis_server.py").read_text()
-    for name, value in constants.items():
-        code, count = re.subn(rf"(?m)^{name} = \d+ ", f"{name} = {math.ceil(value)} ", code)
-        assert count == 1, f"no constant {name}"
-    (folder / "apps").mkdir()
-    (folder / "apps/shortened.py").write_text(code)
-    (folder / "web").symlink_to(ROOT / "web")
-    return with_options(uvicorn_command("shortened:app"), "--app-dir", str(folder / "apps"))
-
-
 @pytest.fixture(scope="module")
-def shared(stream: Stream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    command = shortened(tmp_path_factory.mktemp("shared"), REDIS_TIMEOUT=REDIS_TIMEOUT)
+def shared(stream: Stream) -> Iterator[list[Server]]:
+    command = with_constants("lessons.redis_server", REDIS_TIMEOUT=REDIS_TIMEOUT)
     command = with_options(command, "--ws-ping-interval", str(PING_INTERVAL))
     with running_together([command] * 2, stream.url) as servers:
         yield servers
@@ -176,9 +164,9 @@ def crew_stream(broker: Redis) -> Iterator[Stream]:
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def impatient() -> list[str]:
     """The command of a server that claims what a silent worker has after CLAIM_AFTER."""
-    return shortened(tmp_path_factory.mktemp("impatient"), CLAIM_AFTER=CLAIM_AFTER)
+    return with_constants("lessons.redis_server", CLAIM_AFTER=CLAIM_AFTER)
 
 
 @pytest.fixture(scope="module")

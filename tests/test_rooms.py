@@ -14,28 +14,11 @@ from websockets.exceptions import InvalidStatus
 from tests.checks import fails
 from tests.kit.clients import client, numbered, receive, reset, vanish, write
 from tests.kit.commands import SERVERS, uvicorn_command
+from tests.kit.constants import with_constants
 from tests.kit.servers import Server, running
 from tests.kit.waiting import until
 
 NAIVE = uvicorn_command("lessons.naive.rooms_server:app")
-# The lesson with other limits.
-PROGRAM = """
-import sys
-
-import uvicorn
-
-from lessons import rooms_server as lesson
-
-for name, value in {constants!r}.items():
-    assert hasattr(lesson, name), name
-    setattr(lesson, name, value)
-
-uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
-"""
-
-
-def program(**constants: object) -> list[str]:
-    return [sys.executable, "-c", PROGRAM.format(constants=constants)]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +117,7 @@ async def test_a_room_with_a_payload_stays(server: Server) -> None:
 
 async def test_a_room_too_many_is_refused_until_one_is_dropped() -> None:
     """It gets 1013. The rooms that exist go on."""
-    with running(program(MAX_ROOMS=2)) as server:
+    with running(with_constants("lessons.rooms_server", MAX_ROOMS=2)) as server:
         async with client(server, "/ws/a/consumer") as first, client(server, "/ws/b/producer") as second:
             for end in ("producer", "consumer"):
                 async with client(server, f"/ws/c/{end}") as refused:
@@ -154,7 +137,7 @@ async def test_a_room_too_many_is_refused_until_one_is_dropped() -> None:
 async def test_full_rooms_delay_no_other_room() -> None:
     """20 rooms are full, and each has a producer that waits for space. Payloads flow in 180 other rooms."""
     payloads = numbered(10)
-    with running(program(CAPACITY=10, TIMEOUT=60)) as server:
+    with running(with_constants("lessons.rooms_server", CAPACITY=10, TIMEOUT=60)) as server:
         async with AsyncExitStack() as stack:
             for number in range(20):
                 producer = await stack.enter_async_context(client(server, f"/ws/full{number}/producer"))

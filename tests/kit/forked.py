@@ -30,10 +30,6 @@ def main(command: list[str], cwd: Path, env: dict[str, str], output: str) -> Non
     file = os.open(output, os.O_WRONLY)
     for number in (sys.stdout.fileno(), sys.stderr.fileno()):
         os.dup2(file, number)
-    if command[1] == "-c":
-        sys.argv = ["-c", *command[3:]]
-        exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
-        return
     sys.argv = command[2:]
 
     from uvicorn.main import main
@@ -42,7 +38,7 @@ def main(command: list[str], cwd: Path, env: dict[str, str], output: str) -> Non
 
 
 class Forked:
-    """A process of `python -m uvicorn ...` or `python -c ...`, with what the tests use of Popen."""
+    """A process of `python -m uvicorn ...`, with what the tests use of Popen."""
 
     def __init__(self, command: Sequence[str], cwd: Path, env: dict[str, str], output: str) -> None:
         self.args = command

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from http.client import HTTPConnection
@@ -16,37 +15,6 @@ from tests.kit.servers import Server
 from tests.kit.waiting import TIMEOUT
 
 COMMANDS = {name: uvicorn_command(f"lessons.{name}:app") for name in ("log_server", "log_redis_server")}
-# The lesson with other limits, and with a job that fails if it is asked to. It says when a job ends.
-PROGRAM = """
-import sys
-
-import uvicorn
-
-from lessons import {name} as lesson
-
-for name, value in {constants!r}.items():
-    assert hasattr(lesson, name), name
-    setattr(lesson, name, value)
-
-write_words = lesson.write_words
-
-
-async def write_or_fail(stream, request):
-    if request == "fail":
-        raise ValueError("as asked")
-    try:
-        await write_words(stream, request)
-    finally:
-        print("the job no longer runs", flush=True)
-
-
-lesson.write_words = write_or_fail
-uvicorn.run(lesson.app, port=int(sys.argv[1]), timeout_graceful_shutdown=1)
-"""
-
-
-def program(name: str, **constants: object) -> list[str]:
-    return [sys.executable, "-c", PROGRAM.format(name=name, constants=constants)]
 
 
 class Consumer:

@@ -6,7 +6,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -58,14 +57,13 @@ class Server:
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = env or {}
-        with_redis = any(name in " ".join(command) for name in ("lessons.redis_server", "log_redis_server"))
+        with_redis = any(word.endswith((".redis_server:app", ".log_redis_server:app")) for word in command)
         if with_redis and "REDIS_URL" not in env:
             env = {**env, "REDIS_URL": shared_redis().url()}  # a database, and so a queue, of its own
         command, env = [*command, str(self.port)], {**os.environ, **env}
         self.process: subprocess.Popen[bytes] | Forked
         # In a session of its own, and so a process group, for what Ctrl+C does in a terminal.
-        forks = command[:3] == uvicorn_command("")[:3] or command[:2] == [sys.executable, "-c"]
-        if forks and "--workers" not in command and not self.yours:
+        if command[:3] == uvicorn_command("")[:3] and "--workers" not in command and not self.yours:
             self.process = Forked(command, ROOT, env, f"/proc/{os.getpid()}/fd/{self._log.fileno()}")
         else:
             self.process = subprocess.Popen(

@@ -2,10 +2,12 @@
 
 Each raises AssertionError with a message that names the caveat, so that a test can tell that a server failed
 for this reason and no other.
+
+They are not beside the tests, because several files use each of them: test_contract.py runs them against every
+server, and test_steps.py against the code without the fix. A check that only one file uses is in that file.
 """
 
 import asyncio
-import itertools
 import re
 import signal
 import time
@@ -25,20 +27,17 @@ from tests.kit.clients import (
     consumer_path,
     drain,
     gone,
-    narrow,
     numbered,
     port,
     produce,
     receive,
-    receive_all,
-    reset,
-    until_its_socket_is_full,
     vanish,
 )
 from tests.kit.commands import CONSUMER, MAX_PREFETCH, PRODUCER
 from tests.kit.scripts import Script
 from tests.kit.servers import Server
-from tests.kit.waiting import SLOWNESS, TIMEOUT, until
+from tests.kit.waiting import SLOWNESS, until
+from tests.kit.workers import worker
 
 MIB = 1024 * 1024
 # Seconds in which a server ends if it waits for nobody. It takes one at most, of which uvicorn's parent
@@ -73,21 +72,6 @@ async def check_verbatim(server: Server, payload: str) -> None:
         assert await taker.payload() == payload, "the payload was rewritten"
 
 
-# What a consumer may say to a server without acknowledgements, and to one with them not.
-SAYINGS: dict[str, str | bytes | list[str]] = {
-    "hello": "hello",
-    "binary": b"\x00\xff",
-    "nothing": "",
-    "in parts": ["hel", "lo"],
-    "half of some JSON": "{",
-    "1 MiB": "x" * MIB,
-    "ack in capitals": "ACK",
-    "ack and a newline": "ack\n",
-    "binary ack": b"ack",
-    "two acks in one": "ackack",
-}
-
-
 async def leave_politely(websocket: ClientConnection) -> None:
     await websocket.close()
     assert websocket.close_code == 1000, "the close frame got no answer"
@@ -98,26 +82,7 @@ async def speak_and_vanish(websocket: ClientConnection) -> None:
     await vanish(websocket)
 
 
-async def speak_and_leave(websocket: ClientConnection) -> None:
-    await websocket.send("hello")
-    await websocket.close()
-    assert websocket.close_code in (1000, 1008), "the close frame got no answer"
-
-
-async def speak_and_reset(websocket: ClientConnection) -> None:
-    await websocket.send("hello")
-    await reset(websocket)
-
-
 Leaving = Callable[[ClientConnection], Awaitable[None]]
-WAYS_TO_LEAVE: list[Leaving] = [
-    leave_politely,
-    vanish,
-    reset,
-    speak_and_leave,
-    speak_and_vanish,
-    speak_and_reset,
-]
 
 
 async def visits(server: Server, count: int, ways: list[Leaving]) -> int:
@@ -172,77 +137,6 @@ async def check_a_consumer_that_spoke_gets_its_pong(server: Server) -> None:
                     await pong
             except TimeoutError:
                 raise AssertionError("no pong for a consumer that spoke") from None
-
-
-async def check_a_consumer_that_spoke_lives(server: Server, seconds: float) -> None:
-    """A server that sends pings does not miss the pongs of a consumer that said something."""
-    async with client(server, CONSUMER) as talker:
-        await talker.send("hello")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await talker.wait_closed()
-        assert talker.close_code is None, f"closed with {talker.close_code}: {talker.close_reason}"
-
-
-async def check_ignored(server: Server, saying: str | bytes | list[str]) -> None:
-    """Said before and after a payload, once or much, it is ignored: the next payload comes all the same."""
-    async with client(server, CONSUMER) as talker:
-        for payload in ("1", "2"):
-            for _ in range(10):
-                await talker.send(saying)
-            async with asyncio.timeout(TIMEOUT):
-                await (await talker.ping())
-            await produce(server, [payload])
-            assert await receive(talker) == payload
-        await talker.send(saying)
-        await talker.close()
-        assert talker.close_code == 1000
-
-
-async def check_the_payload_being_sent_goes_back(server: Server) -> None:
-    """A consumer stops reading, closes, and reads what it was sent. The next one gets the rest."""
-    payloads = numbered(300, 50_000)
-    async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
-        await produce(server, payloads)
-        await until_its_socket_is_full(server, websocket)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(websocket.close())
-            first = await receive_all(websocket)
-    rest = await drain(server)
-    assert 0 < len(first) < len(payloads)
-    assert rest
-    assert len(first) + len(rest) == len(payloads), f"lost: {len(payloads) - len(first) - len(rest)} payloads"
-    assert first + rest == payloads
-
-
-async def check_ends_despite_a_consumer_that_stopped_reading(server: Server) -> None:
-    """uvicorn cancels its endpoint after a second (--timeout-graceful-shutdown 1): no traceback."""
-    async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
-        await produce(server, numbered(300, 50_000))
-        await until_its_socket_is_full(server, websocket)
-        server.interrupt()
-        took = await asyncio.to_thread(server.ends_within, 2.5)
-        assert took is not None, f"still running:\n{server.log}"
-        assert "CancelledError" not in server.log, f"ended with a traceback:\n{server.log}"
-        await vanish(websocket)
-
-
-async def check_a_producer_leaves_without_a_traceback(server: Server, ways: list[Leaving]) -> None:
-    """Producers send a payload, read its receipt or not, and leave. The log has no traceback."""
-    mark = len(server.log)
-    ports = set()
-    for reads_its_receipt, way in itertools.product((True, False), ways):
-        async with client(server, PRODUCER) as producer:
-            await producer.send("1")
-            if reads_its_receipt:
-                assert await receive(producer) == "1"
-            ports.add(port(producer))
-            await way(producer)
-    await gone(server, ports)
-    # The server is single-threaded: once it has answered, it has logged what came before.
-    server.get("/")
-    log = server.log[mark:]
-    assert "Traceback" not in log, f"a traceback after a producer left:\n{log}"
 
 
 async def check_forbidden(server: Server, saying: str | bytes | list[str], unacknowledged: int) -> None:
@@ -394,15 +288,6 @@ async def feed(server: Server, payloads: list[str]) -> None:
         await produce(server, payloads[start : start + step])
 
 
-def worker(server: Server, client_port: int) -> int:
-    """Return the process id of the worker that a client is connected to."""
-    for process in server.processes():
-        for connection in process.net_connections("tcp"):
-            if connection.raddr and connection.raddr.port == client_port:
-                return process.pid
-    raise AssertionError(f"no process holds the connection from port {client_port}")
-
-
 async def check_fair(server: Server, count: int = 3000) -> None:
     """Five consumers share the payloads. None gets three times what another of its worker gets."""
     payloads = [str(number) for number in range(count)]
@@ -414,7 +299,7 @@ async def check_fair(server: Server, count: int = 3000) -> None:
 
     async with AsyncExitStack() as stack:
         takers = [await stack.enter_async_context(consumer(server)) for _ in shares]
-        workers = [worker(server, port(taker.websocket)) for taker in takers]
+        workers = [worker(server, taker.websocket) for taker in takers]
         taking = [asyncio.create_task(take(*pair)) for pair in zip(takers, shares, strict=True)]
         try:
             await feed(server, payloads)

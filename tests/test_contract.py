@@ -20,9 +20,8 @@ from websockets.sync.client import connect as sync_connect
 
 from tests.checks import (
     AT_ONCE,
+    MIB,
     REFUSED,
-    SAYINGS,
-    WAYS_TO_LEAVE,
     Leaving,
     check_a_consumer_that_spoke_gets_its_pong,
     check_broadcast,
@@ -32,7 +31,6 @@ from tests.checks import (
     check_fair,
     check_forbidden,
     check_foreign_page_is_refused,
-    check_ignored,
     check_memory_is_bounded,
     check_refused,
     check_verbatim,
@@ -40,7 +38,7 @@ from tests.checks import (
     end,
     fails,
     flood,
-    speak_and_reset,
+    leave_politely,
     speak_and_vanish,
     visits,
 )
@@ -233,6 +231,27 @@ async def test_each_idle_consumer_gets_a_payload_of_a_small_burst(command: list[
             assert len(set(first)) == 5
 
 
+async def speak_and_leave(websocket: ClientConnection) -> None:
+    await websocket.send("hello")
+    await websocket.close()
+    assert websocket.close_code in (1000, 1008), "the close frame got no answer"
+
+
+async def speak_and_reset(websocket: ClientConnection) -> None:
+    await websocket.send("hello")
+    await reset(websocket)
+
+
+WAYS_TO_LEAVE: list[Leaving] = [
+    leave_politely,
+    vanish,
+    reset,
+    speak_and_leave,
+    speak_and_vanish,
+    speak_and_reset,
+]
+
+
 @pytest.mark.parametrize(
     "ways",
     [pytest.param([way], id=way.__name__) for way in WAYS_TO_LEAVE] + [pytest.param(WAYS_TO_LEAVE, id="all")],
@@ -311,6 +330,36 @@ async def test_a_consumer_that_stopped_reading_holds_up_nobody(server: Server) -
 async def test_a_consumer_that_spoke_gets_its_pongs(server: Server) -> None:
     """Each of its pings is answered at once."""
     await check_a_consumer_that_spoke_gets_its_pong(server)
+
+
+# What a consumer may say to a server without acknowledgements, and to one with them not.
+SAYINGS: dict[str, str | bytes | list[str]] = {
+    "hello": "hello",
+    "binary": b"\x00\xff",
+    "nothing": "",
+    "in parts": ["hel", "lo"],
+    "half of some JSON": "{",
+    "1 MiB": "x" * MIB,
+    "ack in capitals": "ACK",
+    "ack and a newline": "ack\n",
+    "binary ack": b"ack",
+    "two acks in one": "ackack",
+}
+
+
+async def check_ignored(server: Server, saying: str | bytes | list[str]) -> None:
+    """Said before and after a payload, once or much, it is ignored: the next payload comes all the same."""
+    async with client(server, CONSUMER) as talker:
+        for payload in ("1", "2"):
+            for _ in range(10):
+                await talker.send(saying)
+            async with asyncio.timeout(TIMEOUT):
+                await (await talker.ping())
+            await produce(server, [payload])
+            assert await receive(talker) == payload
+        await talker.send(saying)
+        await talker.close()
+        assert talker.close_code == 1000
 
 
 @pytest.mark.parametrize("saying", SAYINGS)

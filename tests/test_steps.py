@@ -4,8 +4,11 @@ A check that cannot fail proves nothing, so each one also runs against the step 
 step 0. There it must fail for the reason that steps/README.md gives.
 """
 
+import asyncio
+import itertools
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -16,26 +19,35 @@ from tests.checks import (
     REFUSED,
     Leaving,
     check_a_consumer_that_spoke_gets_its_pong,
-    check_a_consumer_that_spoke_lives,
     check_a_killed_consumer_takes_nothing,
-    check_a_producer_leaves_without_a_traceback,
     check_broadcast,
     check_departed_consumers_swallow_nothing,
     check_departures_are_noticed,
     check_ends,
-    check_ends_despite_a_consumer_that_stopped_reading,
     check_fair,
     check_foreign_page_is_refused,
     check_memory_is_bounded,
     check_refused,
-    check_the_payload_being_sent_goes_back,
     check_verbatim,
     fails,
     leave_politely,
     speak_and_vanish,
 )
 from tests.diffs import changes
-from tests.kit.clients import client, reset, vanish
+from tests.kit.clients import (
+    client,
+    drain,
+    gone,
+    narrow,
+    numbered,
+    port,
+    produce,
+    receive,
+    receive_all,
+    reset,
+    until_its_socket_is_full,
+    vanish,
+)
 from tests.kit.commands import CONSUMER, NAIVE, PRODUCER, SERVERS, uvicorn_command, with_options
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
@@ -59,6 +71,62 @@ class Check(NamedTuple):
 async def check_all_bad_frames_are_refused(server: Server) -> None:
     for name in REFUSED:
         await check_refused(server, name)
+
+
+async def check_a_consumer_that_spoke_lives(server: Server, seconds: float) -> None:
+    """A server that sends pings does not miss the pongs of a consumer that said something."""
+    async with client(server, CONSUMER) as talker:
+        await talker.send("hello")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await talker.wait_closed()
+        assert talker.close_code is None, f"closed with {talker.close_code}: {talker.close_reason}"
+
+
+async def check_the_payload_being_sent_goes_back(server: Server) -> None:
+    """A consumer stops reading, closes, and reads what it was sent. The next one gets the rest."""
+    payloads = numbered(300, 50_000)
+    async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
+        await produce(server, payloads)
+        await until_its_socket_is_full(server, websocket)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(websocket.close())
+            first = await receive_all(websocket)
+    rest = await drain(server)
+    assert 0 < len(first) < len(payloads)
+    assert rest
+    assert len(first) + len(rest) == len(payloads), f"lost: {len(payloads) - len(first) - len(rest)} payloads"
+    assert first + rest == payloads
+
+
+async def check_ends_despite_a_consumer_that_stopped_reading(server: Server) -> None:
+    """uvicorn cancels its endpoint after a second (--timeout-graceful-shutdown 1): no traceback."""
+    async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
+        await produce(server, numbered(300, 50_000))
+        await until_its_socket_is_full(server, websocket)
+        server.interrupt()
+        took = await asyncio.to_thread(server.ends_within, 2.5)
+        assert took is not None, f"still running:\n{server.log}"
+        assert "CancelledError" not in server.log, f"ended with a traceback:\n{server.log}"
+        await vanish(websocket)
+
+
+async def check_a_producer_leaves_without_a_traceback(server: Server, ways: list[Leaving]) -> None:
+    """Producers send a payload, read its receipt or not, and leave. The log has no traceback."""
+    mark = len(server.log)
+    ports = set()
+    for reads_its_receipt, way in itertools.product((True, False), ways):
+        async with client(server, PRODUCER) as producer:
+            await producer.send("1")
+            if reads_its_receipt:
+                assert await receive(producer) == "1"
+            ports.add(port(producer))
+            await way(producer)
+    await gone(server, ports)
+    # The server is single-threaded: once it has answered, it has logged what came before.
+    server.get("/")
+    log = server.log[mark:]
+    assert "Traceback" not in log, f"a traceback after a producer left:\n{log}"
 
 
 CHECKS = {

@@ -17,10 +17,9 @@ def workers(server: Server) -> list[psutil.Process]:
 
 
 def worker(server: Server, websocket: ClientConnection) -> psutil.Process:
-    """The one that has this connection."""
-    [process] = [
-        process
-        for process in workers(server)
-        if any(conn.raddr and conn.raddr.port == port(websocket) for conn in process.net_connections("tcp"))
-    ]
-    return process
+    """Return the process that a client is connected to."""
+    for process in server.processes():
+        for connection in process.net_connections("tcp"):
+            if connection.raddr and connection.raddr.port == port(websocket):
+                return process
+    raise AssertionError(f"no process holds the connection from port {port(websocket)}")

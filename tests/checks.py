@@ -3,8 +3,8 @@
 Each raises AssertionError with a message that names the caveat, so that a test can tell that a server failed
 for this reason and no other.
 
-They are not beside the tests, because several files use each of them: test_contract.py runs them against every
-server, and test_steps.py against the code without the fix. A check that only one file uses is in that file.
+They are not beside the tests, because several files use each of them: test_contract.py runs them against
+every server, and test_steps.py against the code without the fix. Other checks are in the file that uses them.
 """
 
 import asyncio

@@ -72,10 +72,8 @@ ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
 @pytest.mark.parametrize("prefetch", [None, 1, 2, 8, 100, MAX_PREFETCH])
-async def test_no_more_is_sent_ahead_than_the_consumer_asked_for(
-    server: Server, prefetch: int | None
-) -> None:
-    """One payload where it asked for nothing. Each acknowledgement lets exactly one more come."""
+async def test_the_server_sends_no_more_ahead_than_the_prefetch(server: Server, prefetch: int | None) -> None:
+    """Without a prefetch, that is one payload. Each acknowledgement lets exactly one more come."""
     window = prefetch or 1
     payloads = numbered(window + 10)
     async with consumer(server, prefetch) as taker:
@@ -92,7 +90,7 @@ async def test_no_more_is_sent_ahead_than_the_consumer_asked_for(
 
 
 async def test_acknowledgements_may_come_together_and_in_parts(server: Server) -> None:
-    """Six of them are six, however they are framed."""
+    """Six acknowledgements count as six, in whatever frames they come."""
     payloads = numbered(20)
     async with consumer(server, 8) as taker:
         await produce(server, payloads)
@@ -111,8 +109,8 @@ async def test_acknowledgements_may_come_together_and_in_parts(server: Server) -
 
 
 @pytest.mark.parametrize("prefetch", ["0", "1001", "-1", "x", "", "1.5"])
-async def test_a_prefetch_that_is_none_is_refused(server: Server, prefetch: str) -> None:
-    """With 1008 and a reason that names it, after the handshake, where a client can read both."""
+async def test_an_invalid_prefetch_is_refused(server: Server, prefetch: str) -> None:
+    """The server closes with 1008 after the handshake, so that a client can read the reason."""
     await produce(server, ["1"])
     async with client(server, f"{CONSUMER}?prefetch={prefetch}") as websocket:
         with pytest.raises(ConnectionClosed):
@@ -125,12 +123,12 @@ async def test_a_prefetch_that_is_none_is_refused(server: Server, prefetch: str)
 
 
 async def test_an_acknowledgement_of_nothing_is_refused(server: Server) -> None:
-    """With 1008: a client that counts wrongly hears of it before it acknowledges what it never had."""
+    """The server closes with 1008 at once, so that a client that counts wrongly hears of it."""
     await check_forbidden(server, "ack", unacknowledged=0)
 
 
-async def test_two_acknowledgements_of_one_payload_are_refused(server: Server) -> None:
-    """The first counts."""
+async def test_a_second_acknowledgement_of_a_payload_is_refused(server: Server) -> None:
+    """The first one counts."""
     await produce(server, ["1", "2"])
     async with consumer(server, 2) as taker:
         assert await taker.payloads(2) == ["1", "2"]
@@ -140,7 +138,7 @@ async def test_two_acknowledgements_of_one_payload_are_refused(server: Server) -
     await check_nothing_comes_again(server)
 
 
-async def test_stats_count_what_waits_and_not_what_is_unacknowledged(server: Server) -> None:
+async def test_stats_do_not_count_unacknowledged_payloads_as_queued(server: Server) -> None:
     """A payload is queued until it is sent, and again when it comes back."""
     async with consumer(server, 3) as taker:
         await produce(server, numbered(5))
@@ -158,7 +156,7 @@ async def test_stats_count_what_waits_and_not_what_is_unacknowledged(server: Ser
 
 @ways
 async def test_unacknowledged_payloads_go_back_to_the_front(server: Server, way: Leaving) -> None:
-    """However the connection ends: in its old order, before what is newer. Acknowledged ones do not."""
+    """They keep their order and go before newer payloads, however the connection ends."""
     payloads = numbered(30)
     async with consumer(server, 10) as taker:
         await produce(server, payloads[:20])
@@ -172,7 +170,7 @@ async def test_unacknowledged_payloads_go_back_to_the_front(server: Server, way:
 
 @ways
 async def test_unacknowledged_payloads_go_to_a_consumer_that_waits(server: Server, way: Leaving) -> None:
-    """It need not wait for a new payload or a new consumer."""
+    """The consumer need not wait for a new payload."""
     payloads = numbered(10)
     async with consumer(server, 10) as one:
         await produce(server, payloads)
@@ -184,8 +182,8 @@ async def test_unacknowledged_payloads_go_to_a_consumer_that_waits(server: Serve
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_what_two_consumers_left_comes_in_its_old_order(server: Server, first: int) -> None:
-    """Two consumers hold every other payload each; whichever leaves first, the next gets them one by one."""
+async def test_payloads_of_two_departed_consumers_come_in_their_old_order(server: Server, first: int) -> None:
+    """Each of two consumers holds every other payload. It does not matter which leaves first."""
     payloads = numbered(50)
     async with consumer(server, 10) as one, AsyncExitStack() as stack:
         await produce(server, payloads[:10])
@@ -207,8 +205,8 @@ async def test_what_two_consumers_left_comes_in_its_old_order(server: Server, fi
     assert await drain(server) == payloads[20:]
 
 
-async def test_it_comes_back_as_often_as_it_has_to(server: Server) -> None:
-    """After 20 consumers that acknowledged one payload each and left."""
+async def test_payloads_come_back_again_and_again(server: Server) -> None:
+    """Twenty consumers, one after the other, acknowledge one payload and leave."""
     payloads = numbered(40)
     await produce(server, payloads)
     for number in range(20):
@@ -220,8 +218,8 @@ async def test_it_comes_back_as_often_as_it_has_to(server: Server) -> None:
     assert await drain(server) == payloads[20:]
 
 
-async def test_the_pings_find_a_consumer_that_hangs(command: list[str]) -> None:
-    """A client process that is stopped answers no ping: after the timeout others get what it has."""
+async def test_pings_find_a_consumer_that_hangs(command: list[str]) -> None:
+    """A stopped client process answers no ping. After the timeout, its payloads go to others."""
     payloads = numbered(5)
     with running(with_options(command, *PING)) as server:
         address = server.url(CONSUMER) + "?prefetch=3"
@@ -246,7 +244,7 @@ def impatient(command: list[str], seconds: float) -> Iterator[Server]:
         assert "Traceback" not in server.log
 
 
-async def test_a_consumer_that_does_not_read_is_given_up(command: list[str]) -> None:
+async def test_a_consumer_that_does_not_read_is_disconnected(command: list[str]) -> None:
     """Its socket is full, so no ping reaches it either. What it has goes to others, in order.
 
     One that has read all it may have, and does not acknowledge it, is not given up.
@@ -267,7 +265,7 @@ async def test_a_consumer_that_does_not_read_is_given_up(command: list[str]) -> 
         assert await patient.payload() == "1"
 
 
-async def test_a_consumer_that_reads_slowly_is_not_given_up(command: list[str]) -> None:
+async def test_a_consumer_that_reads_slowly_is_not_disconnected(command: list[str]) -> None:
     """Its socket is full for longer than the timeout, but never for so long at a stretch.
 
     A stretch ends when a third of what the operating system holds for it, some megabytes, has been read.
@@ -344,7 +342,7 @@ async def test_consumers_killed_under_load_lose_nothing(command: list[str]) -> N
 
 
 async def test_a_killed_consumer_takes_nothing_with_it(command: list[str]) -> None:
-    """One that stopped reading, with 20,000 small payloads sent: the other gets all of them."""
+    """It stops reading, 20,000 small payloads are sent, and another consumer gets all of them."""
     with running(command) as server:
         await check_a_killed_consumer_takes_nothing(server)
 
@@ -360,7 +358,7 @@ async def test_the_client_acknowledges_what_it_has_printed(server: Server) -> No
 
 
 async def test_without_ack_the_client_gets_one_payload(server: Server) -> None:
-    """The one goes to the next when the client ends."""
+    """When the client ends, the next consumer gets that payload."""
     await produce(server, numbered(5))
     with closing(Script(server.url(CONSUMER))) as script:
         await script.prints(1)
@@ -381,8 +379,8 @@ async def fill(server: Server) -> int:
     return echoed
 
 
-async def test_what_comes_back_needs_no_room(server: Server) -> None:
-    """It may exceed the capacity, and then producers wait until the queue is below it again."""
+async def test_returned_payloads_may_exceed_the_capacity(server: Server) -> None:
+    """Producers then wait until the queue is below its capacity again."""
     old, backlog = numbered(100), numbered(server.capacity, start=100)
     async with consumer(server, 100) as taker:
         await produce(server, old)
@@ -402,8 +400,8 @@ async def test_what_comes_back_needs_no_room(server: Server) -> None:
     assert await drain(server) == [*backlog, '"patient"']
 
 
-async def test_room_is_neither_lost_nor_made(server: Server) -> None:
-    """After 50 consumers took 20 payloads, and left them, exactly the capacity fits into the queue."""
+async def test_redelivery_does_not_change_the_capacity(server: Server) -> None:
+    """After 50 consumers took 20 payloads and left, exactly the capacity fits into the queue."""
     await produce(server, numbered(20))
     for number in range(50):
         async with consumer(server, 20) as taker:
@@ -424,8 +422,8 @@ async def test_room_is_neither_lost_nor_made(server: Server) -> None:
 # The end
 
 
-async def test_unacknowledged_payloads_are_counted_at_the_end(fresh: Server) -> None:
-    """Ctrl+C: what consumers have not acknowledged was still queued; they are told with 1012."""
+async def test_ctrl_c_counts_unacknowledged_payloads_as_queued(fresh: Server) -> None:
+    """The log counts them, and the consumers are closed with 1012."""
     payloads = numbered(30)
     async with consumer(fresh, 10) as one, consumer(fresh, 5) as other:
         await produce(fresh, payloads)

@@ -48,7 +48,7 @@ def plain() -> Iterator[Server]:
 
 
 async def test_calls_get_replies_and_errors(boards: Server) -> None:
-    """As in typed_server.py. A board keeps its last notes."""
+    """The server answers as typed_server.py does. A board keeps its last notes."""
     calls = [
         {"id": 1, "type": "post", "board": "jobs", "text": "x"},
         {"id": 2, "type": "read", "board": "jobs"},
@@ -93,8 +93,8 @@ def document(server: Server) -> dict[str, Any]:
     return json.loads(body)  # type: ignore[no-any-return]
 
 
-def test_the_official_parser_takes_the_document(boards: Server) -> None:
-    """Without a warning; and it refuses one that is broken, wherever that may be."""
+def test_the_official_parser_accepts_the_document(boards: Server) -> None:
+    """It prints no warning. It refuses a document that is broken, in any part."""
     text = json.dumps(document(boards))
     breaks = {
         ('"action": "receive"', '"action": "subscribe"'): "operations.read.action: ",
@@ -115,8 +115,8 @@ def test_the_official_parser_takes_the_document(boards: Server) -> None:
         assert any(says in error for error in errors), errors
 
 
-def test_the_document_says_what_is_received_replied_and_sent(boards: Server) -> None:
-    """From the server's point of view; also of a router in another file."""
+def test_the_document_says_what_the_server_receives_replies_and_sends(boards: Server) -> None:
+    """This includes the messages of a router in another file."""
     spec = document(boards)
     assert spec["servers"]["this"] == {"host": f"127.0.0.1:{boards.port}", "protocol": "ws", "security": []}
 
@@ -192,7 +192,7 @@ def test_the_lock_file_names_no_registry_but_npms() -> None:
 
 
 def test_the_page_loads_the_component_from_a_cdn(plain: Server) -> None:
-    """If no copy is installed: the version that the tests have, and no other files than these."""
+    """If no copy is installed, it loads the version that the tests have, and no other files."""
     _, _, page = plain.get("/asyncapi")
     version = json.loads((COMPONENT / "package.json").read_text())["version"]
     url = f"https://cdn.jsdelivr.net/npm/@asyncapi/react-component@{version}/"
@@ -231,7 +231,7 @@ async def browsing(server: Server) -> AsyncIterator[tuple[Page, list[str], list[
 
 @needs_browser
 async def test_the_page_shows_the_document_with_its_styles(boards: Server) -> None:
-    """From the installed copy: everything comes from this server, and the console stays empty."""
+    """With an installed copy, everything comes from this server, and the console stays empty."""
     async with browsing(boards) as (page, problems, requested):
         for text in ("Put a note on a board.", "Say it again.", "Operation IDpost"):
             await expect(page.get_by_text(text).first).to_be_visible(timeout=1000 * TIMEOUT)

@@ -87,8 +87,8 @@ def naive_door() -> Iterator[Server]:
 # To show a token
 
 
-async def test_a_login_gives_a_token_with_the_scopes_that_one_may_have(door: Server) -> None:
-    """All of them, or those that were asked for. It opens both websockets, and is not to be cached."""
+async def test_a_login_gives_a_token_with_the_scopes_of_the_user(door: Server) -> None:
+    """It has all scopes, or those that were asked for, opens both websockets, and is not cached."""
     status, headers, answer = log_in(door, "alice", "wonderland")
     assert (status, headers["cache-control"]) == (200, "no-store")
     assert (answer["token_type"], answer["expires_in"], answer["scope"]) == (
@@ -111,8 +111,8 @@ WAYS += [("late_door", "header"), ("late_door", "pair"), ("late_door", "first me
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
-async def test_three_ways_to_bring_a_token(request: pytest.FixtureRequest, name: str, way: str) -> None:
-    """As a header, as a second subprotocol, as the first message; none of them leaves it in the log."""
+async def test_a_token_may_come_in_three_ways(request: pytest.FixtureRequest, name: str, way: str) -> None:
+    """A header, a second subprotocol, or the first message. None of them puts it into the log."""
     door: Server = request.getfixturevalue(name)
     text = token(jti=way)
     options = {"header": header(text), "pair": pair(text), "first message": pair()}[way]
@@ -164,7 +164,7 @@ async def refusal(server: Server, path: str, **options: Any) -> tuple[int, str, 
 @PATHS
 @pytest.mark.parametrize("name", BAD)
 async def test_a_bad_token_is_refused(door: Server, late_door: Server, path: str, name: str) -> None:
-    """With 401, or 403 for the wrong scope, and a reason; with 1008 if it comes as the first message."""
+    """A handshake gets 401, or 403 for a wrong scope, and a reason. A first message gets 1008."""
     reason = "the token has expired" if name == "expired" else "the token is not valid"
     status, error = 401, "invalid_token"
     if name.startswith("scope"):
@@ -191,8 +191,8 @@ async def test_a_bad_token_is_refused(door: Server, late_door: Server, path: str
     ],
 )
 @PATHS
-async def test_no_token_is_refused(door: Server, path: str, options: dict[str, Any]) -> None:
-    """With 401 and a plain challenge. One in the URL is none, and two are none."""
+async def test_a_client_without_a_token_is_refused(door: Server, path: str, options: dict[str, Any]) -> None:
+    """It gets 401 and a plain challenge. A token in the URL does not count, nor do two tokens."""
     for url in (path, f"{path}?token=T&access_token=T"):
         assert await refusal(door, url, **options) == (401, "Bearer", "a token is needed")
 
@@ -215,7 +215,7 @@ for path, scheme in [("/a", HTTPBearer()), ("/b", OAuth2PasswordBearer("token"))
 
 @pytest.mark.skipif(FASTAPI < (0, 144), reason="FastAPI's classes take websockets since 0.144")
 async def test_fastapi_has_a_class_for_the_header(tmp_path: Path) -> None:
-    """As the page says: it refuses a websocket without a token with 401 and WWW-Authenticate."""
+    """As the page says, it refuses a websocket without a token with 401 and WWW-Authenticate."""
     (tmp_path / "bearer.py").write_text(BEARER)
     with running(with_options(uvicorn_command("bearer:app"), "--app-dir", str(tmp_path))) as server:
         for path in ("/a", "/b"):
@@ -234,8 +234,8 @@ async def test_stats_need_a_token_and_the_page_does_not(door: Server) -> None:
     assert door.get("/")[0] == 200
 
 
-async def test_a_first_message_that_is_no_token() -> None:
-    """A binary one, or none in time, closes with 1008, as does one that expires later."""
+async def test_a_first_message_without_a_token_is_refused() -> None:
+    """A binary message, no message in time, and a token that expires later: all close with 1008."""
     with running(IMPATIENT, env={"SECRET_KEY": KEY}) as server:
         for path in SCOPES:
             async with client(server, path, **pair()) as binary:
@@ -256,8 +256,8 @@ async def test_a_first_message_that_is_no_token() -> None:
 
 
 @PATHS
-async def test_pages_from_elsewhere_need_to_be_allowed(small: Server, path: str) -> None:
-    """A token does not help them."""
+async def test_a_foreign_page_is_refused_unless_it_is_allowed(small: Server, path: str) -> None:
+    """A token does not help it."""
     async with client(small, path, origin="https://app.example", **pair(token())):
         pass
     for origin in ("https://app.example.evil.example", "null"):
@@ -282,7 +282,7 @@ async def check_ends_at_expiry(server: Server, path: str, **options: Any) -> Non
 
 
 async def test_a_connection_ends_with_its_token(door: Server) -> None:
-    """Producer and consumer, however the token came. Then no payload goes to it."""
+    """Producers and consumers are closed, however the token came. No more payloads go to them."""
     short = token(lasts=1)
     async with asyncio.TaskGroup() as group:
         for path in SCOPES:
@@ -297,8 +297,8 @@ async def test_a_connection_ends_with_its_token(door: Server) -> None:
         assert [await receive(consumer) for _ in payloads] == payloads
 
 
-async def test_a_token_expires_while_the_queue_is_full(small: Server) -> None:
-    """What waits for room then is not queued, and has no receipt."""
+async def test_a_payload_that_waits_when_its_token_expires_is_not_queued(small: Server) -> None:
+    """It has no receipt."""
     async with client(small, PRODUCER, **header(token())) as producer:
         write(producer, numbered(PLACES))
         assert [await receive(producer) for _ in range(PLACES)] == numbered(PLACES)
@@ -317,7 +317,7 @@ async def check_waiting(server: Server) -> None:
 
 
 async def test_a_large_payload_is_refused(door: Server) -> None:
-    """1 MiB is the limit here too."""
+    """The limit is 1 MiB, as in server.py."""
     async with client(door, PRODUCER, **header(token())) as producer:
         await producer.send(json.dumps("x" * 1024 * 1024))
         await producer.wait_closed()
@@ -340,8 +340,8 @@ async def check_unknown_users_cost_the_same(server: Server) -> None:
     assert unknown > known / 3, f"an unknown user costs {unknown:.2f} s, a known one {known:.2f} s"
 
 
-async def test_an_unknown_user_is_answered_as_a_known_one(door: Server) -> None:
-    """With the same words, after the same work."""
+async def test_an_unknown_user_gets_the_answer_of_a_known_one(door: Server) -> None:
+    """The words are the same, and so is the work before them."""
     await check_unknown_users_cost_the_same(door)
 
 
@@ -352,7 +352,7 @@ def peak_memory(server: Server) -> int:
 
 
 async def test_one_password_is_checked_at_a_time() -> None:
-    """Because each takes 64 MiB."""
+    """Each check takes 64 MiB."""
     with running(COMMAND) as server:
         log_in(server, "alice", "wonderland")
         before = peak_memory(server)
@@ -360,7 +360,7 @@ async def test_one_password_is_checked_at_a_time() -> None:
         assert peak_memory(server) < before + 60
 
 
-async def test_a_login_that_is_not_unicode(door: Server) -> None:
+async def test_a_login_that_is_not_unicode_is_refused(door: Server) -> None:
     """A form names its own encoding, and in UTF-7 there are halves of surrogate pairs."""
     part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n+2AA-\r\n'
     form = part.format("username") + part.format("password") + "--x--\r\n"
@@ -373,16 +373,16 @@ async def test_a_login_that_is_not_unicode(door: Server) -> None:
 # The naive server
 
 
-async def test_naive_logs_the_token(naive_door: Server) -> None:
-    """What is in the URL is in the log of every server and proxy on the way."""
+async def test_the_naive_version_logs_the_token(naive_door: Server) -> None:
+    """A URL is in the log of every server and proxy on the way."""
     text = token(lasts=1)
     with fails("open after its token has expired"):
         await check_ends_at_expiry(naive_door, f"{PRODUCER}?token={text}")
     assert f'"WebSocket {PRODUCER}?token={text}" [accepted]' in naive_door.log
 
 
-async def test_naive_tells_which_users_exist(naive_door: Server) -> None:
-    """It checks no password where there is no user, and answers at once."""
+async def test_the_naive_version_tells_which_users_exist(naive_door: Server) -> None:
+    """It checks no password for an unknown user, so it answers at once."""
     with fails("an unknown user costs 0.0"):
         await check_unknown_users_cost_the_same(naive_door)
 
@@ -391,7 +391,7 @@ async def test_naive_tells_which_users_exist(naive_door: Server) -> None:
 
 
 async def test_the_same_tokens_open_pubsub_server() -> None:
-    """Nobody gets in without a token that allows both to produce and to consume, also not over HTTP."""
+    """A client needs a token that allows both to produce and to consume, over HTTP too."""
     with running(PUBSUB, env={"SECRET_KEY": KEY}) as server:
         assert await refusal(server, "/ws") == (401, "Bearer", "a token is needed")
         bob = header(log_in(server, "bob", "builder")[2]["access_token"])
@@ -424,7 +424,7 @@ async def publish(server: Server, *options: str) -> None:
 
 
 async def test_the_clients_take_a_token(door: Server) -> None:
-    """With one they work until it expires. Without, or with a bad one, they end at once, with one line."""
+    """With a valid token, they work until it expires. Otherwise, they end at once with one line."""
     with ExitStack() as stack:
 
         def start(path: str, *options: str) -> Script:
@@ -456,7 +456,7 @@ async def test_the_clients_take_a_token(door: Server) -> None:
 
 @needs_browser
 async def test_the_playground_logs_in(door: Server) -> None:
-    """By keyboard: it says that a password is wrong; the right one connects all. It asks again in the end."""
+    """It says that a password is wrong, connects with the right one, and asks again in the end."""
     expect.set_options(timeout=1000 * TIMEOUT)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -491,8 +491,8 @@ async def test_the_playground_logs_in(door: Server) -> None:
         assert errors == []
 
 
-async def test_it_ends_at_once(door: Server) -> None:
-    """On Ctrl+C, whatever clients do, show their token too. At the start it warns of a random key."""
+async def test_ctrl_c_ends_the_server_at_once(door: Server) -> None:
+    """Clients do not delay it, even without a token. At the start, it warns of a random key."""
     with running(FIRST_MESSAGE) as server:
         assert server.log.count("SECRET_KEY is not set") == 1
         text = log_in(server, "alice", "wonderland")[2]["access_token"]
@@ -511,7 +511,7 @@ async def test_it_ends_at_once(door: Server) -> None:
                 assert websocket.close_code == 1012
 
 
-async def test_it_ends_although_a_producer_does_not_read() -> None:
+async def test_ctrl_c_ends_the_server_although_a_producer_does_not_read() -> None:
     """Uvicorn cancels its endpoint, and the log has no traceback."""
     with running(COMMAND, env={"SECRET_KEY": KEY}) as server:
         async with client(server, PRODUCER, **header(token())) as producer:

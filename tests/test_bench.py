@@ -93,8 +93,8 @@ async def measured(lie: str, at: int) -> dict[str, float] | str:
     return (await bench.visit(server, [WORK]))["work"]
 
 
-async def test_honest_relay() -> None:
-    """The relay that the lies below are told by has figures where it tells none."""
+async def test_an_honest_relay_has_figures() -> None:
+    """The relay that lies in the tests below has figures if it does not lie."""
     figures = await measured("", 0)
     assert isinstance(figures, dict), figures
     assert figures["rate"] > 0
@@ -113,8 +113,10 @@ async def test_honest_relay() -> None:
         ("hangs up", "a producer (was closed|lost its connection)"),
     ],
 )
-async def test_failed_run(lie: str, reason: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relay that fails a single payload has failed, and has no figures."""
+async def test_a_relay_that_fails_one_payload_has_no_figures(
+    lie: str, reason: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run is reported as failed."""
     monkeypatch.setattr(load, "STALL", 0.5 * SLOWNESS)
     figures = await measured(lie, at)
     assert isinstance(figures, str), f"a relay that {lie} has figures: {figures}"
@@ -131,10 +133,10 @@ async def test_failed_run(lie: str, reason: str, at: int, monkeypatch: pytest.Mo
         ("repeats", "not the next message"),
     ],
 )
-async def test_failed_broadcast(
+async def test_a_broadcast_that_fails_one_copy_has_no_figures(
     lie: str, reason: str | None, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broadcast that fails a single copy has failed, and has no figures; an honest one has some."""
+    """An honest broadcast has figures."""
     monkeypatch.setattr(load, "STALL", 0.5 * SLOWNESS)
     command = (sys.executable, "-c", LIAR_TO_ALL, lie, str(at))
     server = load.Server("liar", command, connection=broadcast.Naive, load=broadcast.Broadcast)
@@ -147,8 +149,8 @@ async def test_failed_broadcast(
         assert re.search(reason, figures), figures
 
 
-def test_broadcast_run(tmp_path: Path) -> None:
-    """The lessons and the list do the same work, also among filters on other topics."""
+def test_the_lessons_and_the_list_do_the_same_broadcasts(tmp_path: Path) -> None:
+    """They do so among filters on other topics, too."""
     saved = tmp_path / "broadcast.json"
     options = ("--rounds", "1", "--scale", "0.02", "--save", str(saved))
     process = run("hundred", "others", *options, script="bench/broadcast.py")
@@ -160,22 +162,22 @@ def test_broadcast_run(tmp_path: Path) -> None:
         assert rows["log_server.py"]["rate"]["median"] > 0
 
 
-async def test_compression() -> None:
-    """Clients that offer compression use it with a server that agrees, and still check every payload."""
+async def test_clients_that_offer_compression_use_it() -> None:
+    """The server must agree. The clients still check every payload."""
     relay = load.Server("relay", (sys.executable, "-c", LIAR, "", "0"))
     async with bench.started(relay) as clients:
         await clients.run(load.Work("deflate", "deflate", PAYLOADS, deflate=True))
         assert all(client.deflate for [client] in clients.connections.values())
 
 
-async def test_server_that_does_not_start() -> None:
-    """It is reported as failed, with the last line that it printed."""
+async def test_a_server_that_does_not_start_is_reported() -> None:
+    """The report has the last line that the server printed."""
     server = load.Server("broken", (sys.executable, "-c", "raise SystemExit('no such luck')"))
     assert await bench.visit(server, [WORK]) == {"work": "did not start: no such luck"}
 
 
-def test_run(tmp_path: Path) -> None:
-    """A part of a run, chosen by name, ends soon and saves its figures; ratios are to server.py."""
+def test_a_part_of_a_run_can_be_chosen_by_name(tmp_path: Path) -> None:
+    """It saves its figures. The ratios are to server.py."""
     saved = tmp_path / "results.json"
     names = ("one", "latency", "server.py", "bare websockets")
     process = run(*names, "--rounds", "1", "--scale", "0.02", "--save", str(saved))
@@ -193,8 +195,8 @@ def test_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop(number: signal.Signals) -> None:
-    """Ctrl+C stops it, and the server that it measures; so does a SIGTERM."""
+def test_ctrl_c_stops_the_benchmark_and_its_server(number: signal.Signals) -> None:
+    """So does SIGTERM."""
     family: list[psutil.Process] = []
 
     with run("one", "multiproc_server.py") as process:
@@ -214,29 +216,29 @@ def test_stop(number: signal.Signals) -> None:
             process.kill()
 
 
-def test_unknown_name() -> None:
-    """A name that is neither a work nor a server is an error that says which there are."""
+def test_an_unknown_name_is_an_error() -> None:
+    """The error says which names of works and servers there are."""
     _, printed = run("fast").communicate(timeout=5 * SLOWNESS)
     assert "unknown: fast; there are one, latency" in printed
 
 
-def test_readme() -> None:
-    """The README's figures and its plot are those of the saved results: `python bench/bench.py --readme`."""
+def test_the_readme_shows_the_saved_figures() -> None:
+    """`python bench/bench.py --readme` writes its tables and its plot."""
     results = json.loads(bench.RESULTS.read_text())
     readme = bench.README.read_text()
     assert readme == report.with_section(readme, "bench", report.section(results))
     assert bench.PLOT.read_text() == report.plot(results)
 
 
-def test_broadcast_readme() -> None:
-    """The figures for broadcasts are those of the saved results: `python bench/broadcast.py --readme`."""
+def test_the_readme_shows_the_saved_figures_of_broadcasts() -> None:
+    """`python bench/broadcast.py --readme` writes them."""
     results = json.loads(broadcast.RESULTS.read_text())
     readme = broadcast.README.read_text()
     assert readme == report.with_section(readme, "broadcast", broadcast.section(results))
 
 
-def test_readme_shows_failures() -> None:
-    """Nor is one that failed left out."""
+def test_the_readme_shows_runs_that_failed() -> None:
+    """It does not leave them out."""
     results = json.loads(bench.RESULTS.read_text())
     before = report.plot(results).count(">failed<")
     results["results"]["one"]["naive"] = {"failed": "of 50 payloads 1 never arrived"}
@@ -246,7 +248,7 @@ def test_readme_shows_failures() -> None:
 
 
 async def test_clients_come_back_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bench/reconnect.py: each client has a connection again, after as many attempts as are counted."""
+    """bench/reconnect.py counts the attempts until each client has a connection again."""
     monkeypatch.setattr(reconnect, "CLIENTS", 5)
     attempts, handshakes = await reconnect.restart(lambda failures: 0.1)
     assert len(handshakes) == 5

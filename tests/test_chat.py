@@ -227,7 +227,7 @@ async def party(windows: list[Window], pair: list[Server]) -> AsyncIterator[Part
 
 
 async def test_two_windows_on_two_servers_talk(party: Party, pair: list[Server]) -> None:
-    """Each gets one copy of each message, in order, and its own are marked; a change of name is seen."""
+    """Each window gets each message once, in order. It marks its own, and sees a change of name."""
     ann, bob = party.ann, party.bob
     for window, server in zip([ann, bob], pair, strict=True):
         await expect(window.state).to_contain_text(f"connected to process {server.process.pid} on ")
@@ -244,8 +244,8 @@ async def test_two_windows_on_two_servers_talk(party: Party, pair: list[Server])
     await expect(ann.people).to_have_text(["Ann (you)", "Robert"])
 
 
-async def test_rooms(party: Party) -> None:
-    """One sees who is in which room, goes there by a link, and hears what is said there and nowhere else."""
+async def test_a_message_stays_in_its_room(party: Party) -> None:
+    """A user sees who is in which room, and goes there by a link."""
     ann, bob, room = party.ann, party.bob, party.room
     other = f"other {room}"
     await party.publish(f"chat/{other}/here", {"name": "Eve"})
@@ -272,8 +272,8 @@ async def test_rooms(party: Party) -> None:
     await expect(bob.said).to_have_text(["back"])
 
 
-async def test_who_leaves_is_gone_at_once(party: Party) -> None:
-    """By the button or by going elsewhere; and comes back, by a link to the room."""
+async def test_a_user_who_leaves_is_gone_at_once(party: Party) -> None:
+    """The user presses the button or follows a link, and comes back by a link to the room."""
     ann, bob = party.ann, party.bob
     await bob.press("Leave")
     await expect(bob.state).to_have_text("closed with 1000 (done)")
@@ -290,7 +290,7 @@ async def test_who_leaves_is_gone_at_once(party: Party) -> None:
 
 
 async def test_markup_stays_text(party: Party) -> None:
-    """What would be markup, and run, is shown as it is; and the browser has orders to run none."""
+    """The page shows markup as it is. Its policy forbids the browser to run any."""
     ann, page = party.ann, party.ann.page
     room = party.room = f"{party.room} {MARKUP.replace('/', '')}"[:40]
     await ann.join("<b>Ann</b>", room)
@@ -314,8 +314,8 @@ async def test_markup_stays_text(party: Party) -> None:
     ann.problems.clear()
 
 
-async def test_any_json_may_come(party: Party) -> None:
-    """What is no message is shown as the JSON that it is; what is no word of who is here, is none."""
+async def test_any_json_is_shown(party: Party) -> None:
+    """JSON that is not a message is shown as JSON. A bad sign of who is present is ignored."""
     ann, eve = party.ann, party.eve
     await party.announce({"name": "Eve", "joins": True})
     answers: dict[str, str] = {}  # to Eve, who is new, from those who are here
@@ -340,8 +340,8 @@ async def test_any_json_may_come(party: Party) -> None:
     await expect(ann.people).to_have_text(["Ann (you)", "Bob", "Eve"])
 
 
-async def test_many_messages(party: Party) -> None:
-    """The newest is in view, unless one reads what was before; and the page keeps 200."""
+async def test_the_page_keeps_the_newest_200_messages(party: Party) -> None:
+    """The newest is in view, unless the user is reading earlier ones."""
     ann = party.ann
     for number in range(300):
         await party.say({"name": "Eve", "text": f"{number}\n"})
@@ -356,10 +356,10 @@ async def test_many_messages(party: Party) -> None:
     await expect(ann.said.last).not_to_be_in_viewport()
 
 
-async def test_it_recovers_when_the_server_comes_back(
+async def test_the_page_recovers_when_the_server_comes_back(
     party: Party, pair: list[Server], redis_url: str
 ) -> None:
-    """On a restart it says why it closed, keeps what one types, connects again, and is here only once."""
+    """It says why the connection closed, keeps the text in the editor, and is present only once."""
     ann, bob = party.ann, party.bob
     pair[1].interrupt()
     closed = re.compile(r"^closed with 1012 \(the server stops or restarts\); trying again")
@@ -377,8 +377,8 @@ async def test_it_recovers_when_the_server_comes_back(
     await expect(ann.said).to_have_text(["Hello?"])
 
 
-async def test_what_the_server_says_is_shown(browser: Browser) -> None:
-    """How many messages were dropped, what is wrong, what goes to all. Who is silent is forgotten."""
+async def test_the_page_shows_what_the_server_says(browser: Browser) -> None:
+    """It shows dropped messages, errors and broadcasts. It forgets users that are silent."""
     page = await browser.new_page()
     window = Window(page)
     routes: list[WebSocketRoute] = []
@@ -488,7 +488,7 @@ async def test_a_refused_name_has_a_hint(browser: Browser, pair: list[Server]) -
 async def test_the_composer_stays_in_view(
     browser: Browser, pair: list[Server], viewport: ViewportSize
 ) -> None:
-    """With the newest message above it; and wherever one scrolls."""
+    """The newest message is above it, wherever the user scrolls."""
     async with opened(browser, pair[0]) as window:
         page = window.page
         await page.set_viewport_size(viewport)
@@ -510,8 +510,8 @@ async def test_the_composer_stays_in_view(
                 await expect(element).to_be_in_viewport(ratio=1)
 
 
-async def test_it_works_by_keyboard(party: Party) -> None:
-    """Tab reaches every control, each has a name and shows that it has the focus, and keys work them."""
+async def test_the_page_works_by_keyboard(party: Party) -> None:
+    """Tab reaches every control. Each has a name, shows that it has the focus, and works by key."""
     ann, page = party.ann, party.ann.page
     await ann.room.fill("a/b")  # no name of a room
     await ann.room.press("Enter")
@@ -537,8 +537,8 @@ async def test_it_works_by_keyboard(party: Party) -> None:
     await expect(focused).to_be_focused()
 
 
-async def test_it_fits_a_phone_and_is_readable(party: Party) -> None:
-    """At a phone's width nothing has to be scrolled sideways; all text has a contrast of 4.5 to 1 (WCAG)."""
+async def test_the_page_fits_a_phone_and_is_readable(party: Party) -> None:
+    """Nothing is wider than a phone. All text has a contrast of 4.5 to 1 (WCAG)."""
     ann, page = party.ann, party.ann.page
     before = page.viewport_size
     assert before
@@ -561,7 +561,7 @@ async def test_it_fits_a_phone_and_is_readable(party: Party) -> None:
 
 
 async def test_the_page_is_one_short_file() -> None:
-    """It has fewer than 320 lines, and needs nothing from elsewhere."""
+    """It has fewer than 320 lines, and loads nothing from elsewhere."""
     page = (ROOT / "web" / "chat.html").read_text()
     assert len(page.splitlines()) < 320
     assert not re.findall(r"https?://|innerHTML|@import", page)

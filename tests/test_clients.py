@@ -84,8 +84,8 @@ async def echo(websocket: ServerConnection) -> None:
 # The producer
 
 
-async def test_default_producer(relay: Server, start: Start) -> None:
-    """Without options it makes a payload a second, and prints each and its receipt."""
+async def test_the_producer_makes_a_payload_a_second(relay: Server, start: Start) -> None:
+    """It prints each payload and its receipt."""
     producer = start(relay.url(PRODUCER))
     lines = (await producer.prints(4))[:4]
     sent = [line.removeprefix("sent    ") for line in lines[::2]]
@@ -99,8 +99,8 @@ async def test_default_producer(relay: Server, start: Start) -> None:
     assert (await clients.drain(relay))[:2] == sent
 
 
-async def test_count_and_interval(relay: Server, start: Start) -> None:
-    """--count ends it after so many payloads, --interval is the time between two of them."""
+async def test_count_and_interval_are_obeyed(relay: Server, start: Start) -> None:
+    """--count ends the producer after so many payloads. --interval is the time between them."""
     producer = start(relay.url(PRODUCER), "--count", "3", "--interval", "0.1")
     consumer = start(relay.url(CONSUMER), "--count", "3")
     assert await producer.ends() == 0
@@ -112,8 +112,8 @@ async def test_count_and_interval(relay: Server, start: Start) -> None:
     assert producer.err + consumer.err == ""
 
 
-async def test_lines_of_standard_input(relay: Server, start: Start) -> None:
-    """What is piped into the producer comes out of the consumer, to the byte; blank lines do not count."""
+async def test_lines_of_standard_input_arrive_byte_for_byte(relay: Server, start: Start) -> None:
+    """Blank lines do not count."""
     largest = json.dumps("x" * (MIB - 2))
     text = '{"a": 1}\r\n\n  \n\t\r\n {"b":  2.50} \n"é\\u00e9"\n' + largest + '\r\n["last"]'
     producer = start(relay.url(PRODUCER), "-", stdin=subprocess.PIPE)
@@ -128,8 +128,10 @@ async def test_lines_of_standard_input(relay: Server, start: Start) -> None:
     assert producer.out + producer.err + consumer.err == ""
 
 
-async def test_many_lines(relay: Server, start: Start, tmp_path: Path) -> None:
-    """50,000 lines arrive in order, and the producer's memory does not grow with them."""
+async def test_many_lines_arrive_in_order_and_fill_no_memory(
+    relay: Server, start: Start, tmp_path: Path
+) -> None:
+    """There are 50,000 of them."""
     lines = [json.dumps({"value": value, "padding": "x" * 500}) for value in range(50_000)]
     with file(tmp_path, "\n".join(lines).encode()) as stdin:
         producer = start(relay.url(PRODUCER), "-", stdin=stdin)
@@ -156,8 +158,10 @@ async def test_many_lines(relay: Server, start: Start, tmp_path: Path) -> None:
         pytest.param(b'"' + b"x" * 20 * MIB + b'"', f"at most {MIB} bytes", id="far too large"),
     ],
 )
-async def test_bad_line(relay: Server, start: Start, tmp_path: Path, line: bytes, reason: str) -> None:
-    """A bad line is reported with its number, and ends the producer once all before it have arrived."""
+async def test_a_bad_line_is_reported_with_its_number(
+    relay: Server, start: Start, tmp_path: Path, line: bytes, reason: str
+) -> None:
+    """The producer ends once all lines before it have arrived."""
     good = [str(number) for number in range(300)]
     content = "\n".join([*good[:200], "", *good[200:]]).encode() + b"\n" + line + b"\n3\n"
     with file(tmp_path, content) as stdin:
@@ -169,8 +173,8 @@ async def test_bad_line(relay: Server, start: Start, tmp_path: Path, line: bytes
     assert await clients.drain(relay) == good
 
 
-async def test_bad_line_after_reconnecting(start: Start) -> None:
-    """A bad line is reported also where the connection is lost before the receipts of those before it."""
+async def test_a_bad_line_is_reported_after_a_reconnect(start: Start) -> None:
+    """The connection is lost before the receipts of the earlier lines come."""
     received: list[list[str | bytes]] = []
 
     async def forgetful(websocket: ServerConnection) -> None:
@@ -193,8 +197,8 @@ async def test_bad_line_after_reconnecting(start: Start) -> None:
     )
 
 
-async def test_empty_standard_input(relay: Server, start: Start, tmp_path: Path) -> None:
-    """Where there is nothing to send, it is done at once: /dev/null, an empty file or pipe, blank lines."""
+async def test_the_producer_ends_at_once_without_input(relay: Server, start: Start, tmp_path: Path) -> None:
+    """The input is /dev/null, an empty file or pipe, or blank lines."""
     with file(tmp_path, b"") as empty:
         nothing = [
             start(relay.url(PRODUCER), "-"),
@@ -209,8 +213,8 @@ async def test_empty_standard_input(relay: Server, start: Start, tmp_path: Path)
         assert producer.out + producer.err == ""
 
 
-async def test_nothing_echoed_is_sent_again(start: Start, tmp_path: Path) -> None:
-    """After a lost connection come exactly the payloads without a receipt, in order, however it was lost."""
+async def test_a_payload_with_a_receipt_is_not_sent_again(start: Start, tmp_path: Path) -> None:
+    """After a lost connection, exactly the payloads without a receipt come, in order."""
     lines = [str(number) for number in range(2000)]
     received: list[list[str | bytes]] = []
     plan = [(3, False), (700, True)]  # how many to echo, and whether to say goodbye
@@ -244,8 +248,10 @@ async def test_nothing_echoed_is_sent_again(start: Start, tmp_path: Path) -> Non
     assert producer.err.count("connecting again\n") == producer.err.count("\n") == 2
 
 
-async def test_full_queue(relay: Server, start: Start, tmp_path: Path) -> None:
-    """1013 means wait: what did not fit goes again until there is a consumer, and arrives once."""
+async def test_the_producer_waits_while_the_queue_is_full(
+    relay: Server, start: Start, tmp_path: Path
+) -> None:
+    """After 1013, it sends a payload again until there is a consumer. The payload arrives once."""
     lines = [str(number) for number in range(3000)]
     with file(tmp_path, "\n".join(lines).encode()) as stdin:
         producer = start(relay.url(PRODUCER), "-", stdin=stdin)
@@ -256,8 +262,8 @@ async def test_full_queue(relay: Server, start: Start, tmp_path: Path) -> None:
     assert consumer.lines == lines
 
 
-async def test_producer_with_closed_output(start: Start) -> None:
-    """`| head -1` ends the producer, quietly."""
+async def test_the_producer_ends_quietly_if_its_output_closes(start: Start) -> None:
+    """As with `| head -1`."""
     async with fake(echo) as url:
         producer = start(url, "--interval", "0.01", piped=True)
         assert producer.process.stdout
@@ -270,8 +276,8 @@ async def test_producer_with_closed_output(start: Start) -> None:
 # The consumer
 
 
-async def test_a_payload_is_a_line(relay: Server, start: Start) -> None:
-    """A payload with line breaks between its parts is printed as one line, and is the same value."""
+async def test_a_payload_is_printed_as_one_line(relay: Server, start: Start) -> None:
+    """Line breaks between its parts are left out. Its value stays the same."""
     await clients.produce(relay, ['{\n"a":\r\n[1]}', '"\\n\u2028"'])
     consumer = start(relay.url(CONSUMER), "--count", "2")
     assert await consumer.ends() == 0
@@ -279,7 +285,7 @@ async def test_a_payload_is_a_line(relay: Server, start: Start) -> None:
     assert consumer.err == ""
 
 
-async def test_count_with_a_backlog(relay: Server, start: Start) -> None:
+async def test_count_ends_the_consumer_despite_a_backlog(relay: Server, start: Start) -> None:
     """--count ends the consumer at once, however much there is to come."""
     await clients.produce(relay, [json.dumps("x" * 10_000)] * 900)
     consumer = start(relay.url(CONSUMER), "--count", "3")
@@ -288,8 +294,8 @@ async def test_count_with_a_backlog(relay: Server, start: Start) -> None:
     assert consumer.err == ""
 
 
-async def test_consumer_with_closed_output(relay: Server, start: Start) -> None:
-    """`| head -1` ends the consumer at the next payload, quietly."""
+async def test_the_consumer_ends_quietly_if_its_output_closes(relay: Server, start: Start) -> None:
+    """It ends at the next payload, as with `| head -1`."""
     consumer = start(relay.url(CONSUMER), piped=True)
     await clients.produce(relay, ["1"])
     assert consumer.process.stdout
@@ -303,8 +309,8 @@ async def test_consumer_with_closed_output(relay: Server, start: Start) -> None:
 @pytest.mark.parametrize(
     ("options", "answers"), [([], []), (["--ack"], ["ack"] * 3)], ids=["silent", "--ack"]
 )
-async def test_acknowledgements(start: Start, options: list[str], answers: list[str]) -> None:
-    """--ack answers each payload with "ack", and without it the consumer says nothing."""
+async def test_ack_answers_each_payload(start: Start, options: list[str], answers: list[str]) -> None:
+    """Without --ack, the consumer sends nothing."""
     received: list[str | bytes] = []
 
     async def sending(websocket: ServerConnection) -> None:
@@ -322,8 +328,8 @@ async def test_acknowledgements(start: Start, options: list[str], answers: list[
 # Both
 
 
-async def test_restart(start: Start) -> None:
-    """Over a server restart 120 payloads sent are 120 payloads printed, and both clients say one line."""
+async def test_clients_lose_nothing_over_a_restart_of_the_server(start: Start) -> None:
+    """Of 120 payloads, 120 are printed. Each client says one line about it."""
     lines = [json.dumps({"value": value}) for value in range(120)]
     command, port = SERVERS["server.py"], free_port()
     with running(command, port) as server:
@@ -347,8 +353,8 @@ async def test_restart(start: Start) -> None:
         assert script.err == "closed with 1012: the server went away; connecting again\n"
 
 
-async def test_try_again_later(start: Start) -> None:
-    """1013 at first is no reason to give up, and no receipt."""
+async def test_clients_try_again_after_1013(start: Start) -> None:
+    """At first, 1013 is no reason to give up, and no receipt."""
     refused = set()
 
     async def busy(websocket: ServerConnection) -> None:
@@ -372,8 +378,8 @@ async def test_try_again_later(start: Start) -> None:
     assert scripts[1].lines == ["1"]
 
 
-async def test_policy_violation(start: Start) -> None:
-    """1008 ends either client, with the server's reason."""
+async def test_clients_end_after_1008(start: Start) -> None:
+    """They print the server's reason."""
 
     async def strict(websocket: ServerConnection) -> None:
         await websocket.close(1008, "you may not")
@@ -385,8 +391,8 @@ async def test_policy_violation(start: Start) -> None:
             assert script.err.count("\n") == 1
 
 
-async def test_http_error_after_a_restart(start: Start) -> None:
-    """A server that comes back and is unavailable is waited for; one that comes back and forbids ends it."""
+async def test_clients_wait_for_an_unavailable_server_but_not_for_one_that_forbids(start: Start) -> None:
+    """The server comes back after a restart with this HTTP error."""
     answers = [None, HTTPStatus.BAD_GATEWAY, HTTPStatus.BAD_GATEWAY, HTTPStatus.FORBIDDEN]
 
     async def leaving(websocket: ServerConnection) -> None:
@@ -418,14 +424,12 @@ def no_server() -> str:
         pytest.param(no_server(), "Start the server first: python server.py", id="refused"),
     ],
 )
-async def test_no_connection(start: Start, url: str, reason: str) -> None:
-    """An address with no server is one clear line."""
+async def test_an_address_without_a_server_is_one_clear_line(start: Start, url: str, reason: str) -> None:
     await check_no_connection(start, url, reason)
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_http_error(start: Start, status: int) -> None:
-    """A server that answers with an HTTP error is one clear line."""
+async def test_an_http_error_is_one_clear_line(start: Start, status: int) -> None:
 
     def answer(connection: ServerConnection, request: object) -> object:
         return connection.respond(HTTPStatus(status), "no\n")
@@ -445,7 +449,7 @@ async def check_no_connection(start: Start, url: str, reason: str) -> None:
 
 
 async def test_a_proxy_is_used_for_other_hosts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY is ignored for 127.0.0.1, as all other tests show, and used for any other host."""
+    """HTTP_PROXY is used for other hosts. All other tests show that it is ignored for 127.0.0.1."""
     async with recording_proxy() as (proxy, requests):
         monkeypatch.setitem(SCRIPT_ENV, "HTTP_PROXY", proxy)
         monkeypatch.setitem(SCRIPT_ENV, "HTTPS_PROXY", proxy)
@@ -465,7 +469,7 @@ async def test_a_consumer_says_that_it_is_waiting(relay: Server, start: Start) -
 
 @pytest.mark.parametrize("client", [ws_producer_client, ws_consumer_client, pubsub_client])
 def test_pauses_are_random_and_grow(client: ModuleType) -> None:
-    """So that a thousand clients do not come back at the same moment."""
+    """Otherwise, a thousand clients would come back at the same moment."""
     first = [client.pause(1) for _ in range(1000)]
     later = [client.pause(10) for _ in range(1000)]
     assert max(first) < 2 < max(later) < client.MAX_PAUSE
@@ -513,8 +517,8 @@ async def check_interrupt(*scripts: Script) -> None:
         assert script.err == before
 
 
-async def test_interrupt_while_idle(start: Start) -> None:
-    """Ctrl+C ends clients that wait for payloads: one for the server's, the other for an open pipe's."""
+async def test_ctrl_c_ends_clients_that_wait_for_payloads(start: Start) -> None:
+    """One waits for those of the server, the other for those of an open pipe."""
     connected = []
 
     async def waiting(websocket: ServerConnection) -> None:
@@ -532,16 +536,18 @@ async def test_interrupt_while_idle(start: Start) -> None:
         assert [websocket.close_code for websocket in connected] == [1000, 1000]
 
 
-async def test_interrupt_in_full_flow(relay: Server, start: Start, endless: IO[bytes]) -> None:
-    """Ctrl+C ends clients that are in the midst of a stream without an end."""
+async def test_ctrl_c_ends_clients_while_payloads_flow(
+    relay: Server, start: Start, endless: IO[bytes]
+) -> None:
+    """The stream has no end."""
     producer = start(relay.url(PRODUCER), "-", stdin=endless)
     consumer = start(relay.url(CONSUMER))
     await consumer.prints(1000)
     await check_interrupt(producer, consumer)
 
 
-async def test_interrupt_with_a_hung_server(start: Start) -> None:
-    """Ctrl+C does not wait for a server that has stopped reading to say goodbye."""
+async def test_ctrl_c_does_not_wait_for_a_server_that_hangs(start: Start) -> None:
+    """It has stopped reading, so it answers no close frame."""
     connected = []
 
     async def hung(websocket: ServerConnection) -> None:
@@ -557,8 +563,7 @@ async def test_interrupt_with_a_hung_server(start: Start) -> None:
             websocket.transport.abort()
 
 
-async def test_interrupt_while_the_server_is_away(start: Start) -> None:
-    """Ctrl+C ends clients that wait for their server to come back."""
+async def test_ctrl_c_ends_clients_that_wait_for_their_server(start: Start) -> None:
 
     async def leaving(websocket: ServerConnection) -> None:
         websocket.transport.abort()

@@ -110,10 +110,10 @@ def pipe(server: Server) -> Iterator[tuple[SyncConnection, SyncConnection]]:
 
 @given(payloads=st.lists(json_texts(), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-def test_payloads_come_out_byte_for_byte_as_they_went_in(
+def test_payloads_arrive_byte_for_byte(
     server: Server, pipe: tuple[SyncConnection, SyncConnection], payloads: list[str]
 ) -> None:
-    """Any JSON, in any spelling, comes to the consumer, and back as the receipt, in order."""
+    """Any JSON, in any spelling, comes to the consumer and back as the receipt, in order."""
     producer, taker = pipe
     for payload in payloads:
         producer.send(payload)
@@ -137,8 +137,8 @@ def test_payloads_come_out_byte_for_byte_as_they_went_in(
     ],
     ids=["odd spelling", "big number", "deep", "huge number", "1 MiB", "1 MiB of UTF-8"],
 )
-async def test_a_payload_is_never_written_anew(server: Server, payload: str) -> None:
-    """What is unusual but allowed, up to the limits, comes out as it went in."""
+async def test_a_payload_is_never_rewritten(server: Server, payload: str) -> None:
+    """Unusual but valid JSON, up to the limits, arrives as it was sent."""
     await check_verbatim(server, payload)
 
 
@@ -166,8 +166,8 @@ async def test_receipts_come_in_order_to_a_producer_that_sends_ahead(server: Ser
     assert await drain(server) == payloads
 
 
-async def test_what_was_sent_before_closing_arrives(server: Server) -> None:
-    """A producer may send, close at once and read no receipt."""
+async def test_payloads_sent_before_closing_arrive(server: Server) -> None:
+    """A producer may send, close at once, and read no receipt."""
     payloads = numbered(500)
     async with consumer(server) as taker:
         async with client(server, PRODUCER) as producer:
@@ -180,7 +180,7 @@ async def test_what_was_sent_before_closing_arrives(server: Server) -> None:
 
 
 async def test_each_payload_goes_to_one_consumer(server: Server) -> None:
-    """Competing consumers: what they get is what was sent, split among them, each producer's in order."""
+    """Consumers share all payloads, and each producer's payloads stay in order."""
     sent = [[json.dumps([name, number]) for number in range(400)] for name in ("a", "b")]
     shares: list[list[str]] = [[] for _ in range(3)]
 
@@ -201,7 +201,7 @@ async def test_each_payload_goes_to_one_consumer(server: Server) -> None:
 
 
 async def test_consumers_compete(server: Server) -> None:
-    """It is no broadcast."""
+    """The server does not broadcast."""
     with fails("no broadcast"):
         await check_broadcast(server)
 
@@ -215,7 +215,7 @@ async def test_first_in_first_out(server: Server) -> None:
 
 
 async def test_five_consumers_share_a_backlog_fairly(server: Server) -> None:
-    """None gets three times what another gets, or with several workers, another of its worker."""
+    """None gets three times as much as another one of the same worker."""
     await check_fair(server)
 
 
@@ -280,7 +280,7 @@ async def stuck(server: Server, payloads: list[str]) -> AsyncIterator[tuple[Clie
         taker.websocket.transport.abort()
 
 
-async def test_what_was_not_written_to_a_consumer_goes_back_to_the_front(server: Server) -> None:
+async def test_payloads_not_written_to_a_consumer_go_back_to_the_front(server: Server) -> None:
     """The next consumer goes on where writing to one that stopped reading, and was then reset, ended.
 
     Where there are acknowledgements, at the first payload that was not acknowledged.
@@ -293,7 +293,7 @@ async def test_what_was_not_written_to_a_consumer_goes_back_to_the_front(server:
     assert await drain(server) == payloads[-left:]
 
 
-async def test_what_a_consumer_reads_before_it_closes_and_what_the_next_one_gets_is_everything(
+async def test_a_consumer_that_closes_and_the_next_one_get_every_payload(
     server: Server,
 ) -> None:
     """A consumer that stopped reading, closes, and reads what is left: the next one goes on exactly there.
@@ -314,7 +314,7 @@ async def test_what_a_consumer_reads_before_it_closes_and_what_the_next_one_gets
         assert first + await drain(server) == payloads
 
 
-async def test_a_consumer_that_stopped_reading_holds_up_nobody(server: Server) -> None:
+async def test_a_consumer_that_stopped_reading_delays_nobody_else(server: Server) -> None:
     """The others get all but what was written to it, and the one payload that it would not take.
 
     If there are acknowledgements, they get all but what it may hold unacknowledged, and in the end that too.
@@ -363,16 +363,16 @@ async def check_ignored(server: Server, saying: str | bytes | list[str]) -> None
 
 
 @pytest.mark.parametrize("saying", SAYINGS)
-async def test_what_a_consumer_says_harms_nobody(server: Server, saying: str) -> None:
-    """It is ignored; where there are acknowledgements, it ends that connection alone, and nothing is lost."""
+async def test_a_message_from_a_consumer_harms_nobody(server: Server, saying: str) -> None:
+    """It is ignored. If there are acknowledgements, it ends its connection, and nothing is lost."""
     if server.acks:
         await check_forbidden(server, SAYINGS[saying], unacknowledged=2)
     else:
         await check_ignored(server, SAYINGS[saying])
 
 
-async def test_a_consumer_that_never_stops_speaking_harms_nobody(server: Server) -> None:
-    """10 MB of it, and payloads come, to this one or, where there are acknowledgements, to the next."""
+async def test_a_consumer_that_never_stops_sending_harms_nobody(server: Server) -> None:
+    """It sends 10 MB. Payloads go to it or, with acknowledgements, to the next consumer."""
     async with client(server, CONSUMER) as talker:
         with suppress(ConnectionClosed):
             for _ in range(1000):
@@ -389,12 +389,12 @@ async def test_a_consumer_that_never_stops_speaking_harms_nobody(server: Server)
 
 
 async def test_a_flood_fills_the_queue_and_not_the_memory(server: Server) -> None:
-    """60,000 payloads of 10 kB, no consumer: 1013 after a second, and what was echoed is there to drain."""
+    """60,000 payloads of 10 kB meet no consumer. 1013 comes after a second, and none is lost."""
     await check_memory_is_bounded(server, 60_000)
 
 
 async def test_a_producer_waits_while_the_queue_is_full(server: Server) -> None:
-    """What finds no room gets its receipt when there is room, and 1013 where that takes over a second."""
+    """Its payload gets a receipt as soon as there is space, or 1013 if that takes over a second."""
     payloads = numbered(server.capacity)
     await produce(server, payloads)
     assert server.queued() == server.capacity
@@ -494,7 +494,7 @@ async def test_two_floods_and_a_slow_consumer_are_all_served(server: Server) -> 
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_bad_input_gets_a_reason_and_harms_nobody(server: Server, name: str) -> None:
-    """Close code and reason for the producer, a line for the log, nothing for anyone else."""
+    """The producer gets a close code and a reason, the log gets a line, and nobody else notices."""
     await check_refused(server, name)
 
 
@@ -517,7 +517,7 @@ JUNK = {
 async def test_junk_instead_of_frames_ends_that_connection_alone(
     server: Server, path: str, junk: str
 ) -> None:
-    """What is no websocket frame is no traceback either."""
+    """The log has no traceback."""
     async with client(server, PRODUCER) as bystander:
         async with client(server, path) as offender:
             offender.transport.write(JUNK[junk])
@@ -532,7 +532,7 @@ async def test_junk_instead_of_frames_ends_that_connection_alone(
 
 
 async def test_junk_instead_of_http_ends_that_connection_alone(server: Server) -> None:
-    """So does leaving in the middle of the handshake."""
+    """So does a client that leaves in the middle of the handshake."""
     before = server.connections()
     for junk in (
         random.Random(1).randbytes(4096),
@@ -550,10 +550,8 @@ async def test_junk_instead_of_http_ends_that_connection_alone(server: Server) -
 
 @PATHS
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
-async def test_a_page_from_elsewhere_is_refused_before_the_handshake(
-    server: Server, path: str, origin: str
-) -> None:
-    """Else any site that a developer visits could drain the queue on their localhost."""
+async def test_a_foreign_page_is_refused_before_the_handshake(server: Server, path: str, origin: str) -> None:
+    """Otherwise, any site that a developer visits could drain the queue on their localhost."""
     await produce(server, ["1"])
     await check_foreign_page_is_refused(server, path, origin)
     assert await drain(server) == ["1"]
@@ -588,7 +586,7 @@ async def test_stats_say_how_many_payloads_wait(server: Server) -> None:
 
 
 async def test_there_is_a_page(server: Server) -> None:
-    """GET / is for people."""
+    """GET / serves a page for people."""
     status, content_type, body = server.get("/")
     assert status == 200, "GET / has no page"
     if not server.yours:
@@ -602,8 +600,8 @@ async def test_there_is_a_page(server: Server) -> None:
 @pytest.mark.parametrize(
     ("number", "parked"), [(signal.SIGINT, 0), (signal.SIGINT, 100), (signal.SIGTERM, 100)]
 )
-async def test_it_ends_at_once(fresh: Server, number: signal.Signals, parked: int) -> None:
-    """However many consumers wait, also after they spoke, and however many have left. All are told."""
+async def test_the_server_ends_at_once(fresh: Server, number: signal.Signals, parked: int) -> None:
+    """No consumer delays it, whether it waits, has spoken or has left. All are closed with 1012."""
     await produce(fresh, numbered(7))
     await drain(fresh)
     if parked:
@@ -611,16 +609,16 @@ async def test_it_ends_at_once(fresh: Server, number: signal.Signals, parked: in
     await check_ends(fresh, number, AT_ONCE, parked)
 
 
-async def test_it_says_how_many_payloads_were_left(fresh: Server) -> None:
-    """They are lost, or wait for the next start: whoever stops a server wants to know."""
+async def test_the_server_says_how_many_payloads_were_left(fresh: Server) -> None:
+    """They are lost, or wait for the next start. Its operator wants to know."""
     await visits(fresh, 6, WAYS_TO_LEAVE)
     await produce(fresh, numbered(7))
     assert await end(fresh, signal.SIGINT, AT_ONCE) == 7
     check_waited_for_nobody(fresh)
 
 
-async def test_it_ends_in_full_flow(fresh: Server) -> None:
-    """Each payload with a receipt was written to a consumer, or is counted."""
+async def test_the_server_ends_while_payloads_flow(fresh: Server) -> None:
+    """Each payload with a receipt was written to a consumer, or is counted in the log."""
     received: list[str] = []
 
     async def take(taker: Consumer) -> None:
@@ -643,8 +641,8 @@ async def test_it_ends_in_full_flow(fresh: Server) -> None:
     assert len(received) + left >= echoed
 
 
-async def test_it_ends_while_a_producer_waits_for_room(fresh: Server) -> None:
-    """What waited for room has no receipt and is not counted."""
+async def test_the_server_ends_while_a_producer_waits_for_space(fresh: Server) -> None:
+    """A payload that waits for space has no receipt, and is not counted."""
     async with client(fresh, PRODUCER) as producer:
         flooding = asyncio.create_task(flood(producer, numbered(10_000)))
         await until(lambda: fresh.queued() == fresh.capacity, "the queue to be full")
@@ -652,13 +650,13 @@ async def test_it_ends_while_a_producer_waits_for_room(fresh: Server) -> None:
         assert (await flooding)[0] <= fresh.capacity
 
 
-async def test_it_ends_though_a_consumer_stopped_reading(fresh: Server) -> None:
-    """What was taken and could not be written, or was not acknowledged, is counted too."""
+async def test_the_server_ends_although_a_consumer_has_stopped_reading(fresh: Server) -> None:
+    """A payload that was not written, or not acknowledged, is counted, too."""
     async with stuck(fresh, numbered(300, 50_000)) as (_, queued):
         assert await end(fresh, signal.SIGINT, 5) == (300 if fresh.acks else queued + 1)
 
 
-async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server) -> None:
+async def test_the_server_ends_although_a_producer_reads_no_receipts(fresh: Server) -> None:
     """Its payloads go to consumers until its socket is full of receipts; then the server waits for it.
 
     How many payloads that takes is the kernel's business: it lets a socket's buffers grow to tens of MB, and
@@ -708,7 +706,7 @@ async def test_it_ends_though_a_producer_reads_no_receipts(fresh: Server) -> Non
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_chaos_loses_and_doubles_nothing(server: Server, seed: int) -> None:
+async def test_chaos_neither_loses_nor_duplicates_payloads(server: Server, seed: int) -> None:
     """Consumers come, leave and are reset at random while producers run: not one payload is lost or doubled.
 
     Delivery is at most once: what was written to a connection that dies unread is lost. This must hold all

@@ -155,10 +155,10 @@ class Told:
     ids=["text", "UTF-8", "empty text", "binary", "empty binary", "16 MiB"],
 )
 @pytest.mark.parametrize("compression", [None, "deflate"])
-async def test_a_message_comes_through(
+async def test_a_message_goes_through_both_ways(
     gateway: Server, message: str | bytes, compression: str | None
 ) -> None:
-    """To the upstream and back, as text or binary as it was."""
+    """It stays text or binary."""
     async with upstream(echo), client(gateway, "/ws/echo", compression=compression) as websocket:
         await websocket.send(message)
         async with asyncio.timeout(TIMEOUT):
@@ -168,7 +168,7 @@ async def test_a_message_comes_through(
 
 
 async def test_a_message_may_come_in_fragments(gateway: Server) -> None:
-    """From either side, also with a ping between two of them."""
+    """Either side may send them, and a ping between two of them."""
 
     async def fragments(websocket: ServerConnection) -> None:
         await websocket.send(["one ", str(await websocket.recv()), " three"])
@@ -180,8 +180,8 @@ async def test_a_message_may_come_in_fragments(gateway: Server) -> None:
         assert await receive(websocket) == "one two three"
 
 
-async def test_both_ways_go_at_once(gateway: Server) -> None:
-    """Each side sends 2,000 messages before it reads the first: neither way waits for the other."""
+async def test_both_directions_work_at_once(gateway: Server) -> None:
+    """Each side sends 2,000 messages before it reads the first one."""
     messages = [json.dumps(number) for number in range(2000)]
     received: list[str] = []
 
@@ -199,8 +199,8 @@ async def test_both_ways_go_at_once(gateway: Server) -> None:
     assert received == messages
 
 
-async def test_200_connections_at_once(gateway: Server) -> None:
-    """All open, and all answered."""
+async def test_200_connections_are_open_at_once(gateway: Server) -> None:
+    """All are answered."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(upstream(echo))
         opening = [stack.enter_async_context(client(gateway, "/ws/echo")) for _ in range(200)]
@@ -216,7 +216,7 @@ async def test_200_connections_at_once(gateway: Server) -> None:
 
 
 async def test_the_upstream_gets_path_query_and_chosen_headers(gateway: Server) -> None:
-    """Path and query as they were encoded; nothing of the client's that is not listed, but its address."""
+    """The encoding stays. It gets no other header from the client, but the client's address."""
     requests: list[Request] = []
 
     async def note(websocket: ServerConnection) -> None:
@@ -245,7 +245,7 @@ async def test_the_upstream_gets_path_query_and_chosen_headers(gateway: Server) 
 async def test_the_upstream_chooses_the_subprotocol(
     gateway: Server, known: list[str], chosen: str | None
 ) -> None:
-    """Among those that the client offers, or none."""
+    """It chooses one that the client offers, or none."""
     offered = [Subprotocol(name) for name in "abc"]
     async with (
         upstream(listen, subprotocols=known),
@@ -263,8 +263,8 @@ async def refusal(gateway: Server, path: str = "/ws/x", **options: object) -> tu
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 503])
-async def test_the_upstream_may_refuse(gateway: Server, status: int) -> None:
-    """The client sees its status and what it says."""
+async def test_the_upstream_may_refuse_a_client(gateway: Server, status: int) -> None:
+    """The client sees its status and its text."""
 
     def refuse(connection: ServerConnection, _: Request) -> Response:
         return connection.respond(HTTPStatus(status), "no, because")
@@ -292,20 +292,20 @@ async def no_websocket(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 async def test_an_upstream_that_speaks_no_websocket_is_a_bad_gateway(
     gateway: Server, answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ) -> None:
-    """502, before the handshake."""
+    """The client gets 502 before the handshake."""
     async with raw_upstream(answer):
         assert (await refusal(gateway))[0] == 502
 
 
 async def test_an_upstream_that_is_not_there_is_a_bad_gateway(gateway: Server) -> None:
-    """502, before the handshake. Its address is for the log, not for the client."""
+    """The client gets 502 before the handshake. Only the log has the address of the upstream."""
     status, why = await refusal(gateway)
     assert (status, why) == (502, "the upstream cannot be reached")
     assert f"WARNING:  {ENV['UPSTREAM']} cannot be reached: " in gateway.log
 
 
 async def test_an_upstream_that_says_nothing_is_a_timeout(impatient: Server) -> None:
-    """504, before the handshake."""
+    """The client gets 504 before the handshake."""
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -317,7 +317,7 @@ async def test_an_upstream_that_says_nothing_is_a_timeout(impatient: Server) -> 
 
 
 async def test_a_client_may_leave_before_the_upstream_answers(gateway: Server) -> None:
-    """Then the upstream is not kept waiting for anybody."""
+    """The gateway then closes its connection to the upstream."""
     connected, left = asyncio.Event(), asyncio.Event()
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -356,7 +356,7 @@ async def test_a_client_may_leave_before_the_upstream_answers(gateway: Server) -
     ],
 )
 async def test_no_path_leads_elsewhere(gateway: Server, target: str) -> None:
-    """Whatever it says, the TCP connection goes to the configured host and port."""
+    """Whatever the path is, the TCP connection goes to the configured host and port."""
     elsewhere: list[str] = []
 
     async def note(websocket: ServerConnection) -> None:
@@ -394,7 +394,7 @@ async def check_no_redirect_leads_elsewhere(gateway: Server) -> None:
 
 
 async def test_no_redirect_leads_elsewhere(gateway: Server) -> None:
-    """A client of the websockets library follows redirects, to any host, where nobody stops it."""
+    """Unless told otherwise, a client of the websockets library follows redirects to any host."""
     await check_no_redirect_leads_elsewhere(gateway)
 
 
@@ -405,8 +405,8 @@ async def test_a_redirect_leads_the_naive_gateway_elsewhere(naive_gateway: Serve
 
 
 @pytest.mark.parametrize("path", ["/ws/../x", "/ws/a/../../x", "/ws/%2e%2e/x", "/ws/..%2Fx", "/ws/.."])
-async def test_no_path_climbs(gateway: Server, path: str) -> None:
-    """UPSTREAM may have a path, and what is beside that is not for clients."""
+async def test_no_path_leaves_the_path_of_the_upstream(gateway: Server, path: str) -> None:
+    """UPSTREAM may have a path. Clients do not reach anything beside it."""
     async with upstream(listen):
         assert (await refusal(gateway, path))[0] == 403
 
@@ -443,19 +443,19 @@ CODES = [
 
 
 @pytest.mark.parametrize(("code", "reason"), CODES)
-async def test_when_the_upstream_closes_the_client_is_told(gateway: Server, code: int, reason: str) -> None:
-    """At once, with the same code and reason."""
+async def test_if_the_upstream_closes_the_client_is_told(gateway: Server, code: int, reason: str) -> None:
+    """It gets the same code and reason at once."""
     await check_the_client_is_told(gateway, code, reason)
 
 
-async def test_when_the_upstream_closes_the_naive_gateway_waits_for_ever(naive_gateway: Server) -> None:
-    """gather() waits for the other way, and that for a message of a client that waits itself."""
+async def test_if_the_upstream_closes_the_naive_gateway_waits_forever(naive_gateway: Server) -> None:
+    """gather() waits for the other direction, which waits for a message from the client."""
     with fails("the client is not told"):
         await check_the_client_is_told(naive_gateway, 1000, "")
 
 
 async def test_a_close_frame_without_a_code_is_a_normal_end(gateway: Server) -> None:
-    """1005 says that there was none, and must not be sent."""
+    """1005 means that there was no code, and must not be sent."""
 
     async def close(websocket: ServerConnection) -> None:
         websocket.transport.write(b"\x88\x00")
@@ -471,7 +471,7 @@ async def test_a_close_frame_without_a_code_is_a_normal_end(gateway: Server) -> 
     "sent", [b"", b"\x81\x7f\x00\x00\x00\x00\x00\xff\xff\xff half a frame"], ids=["idle", "amid"]
 )
 async def test_an_upstream_that_dies_is_a_bad_gateway(gateway: Server, sent: bytes) -> None:
-    """1014, for 1006 must not be sent; also in the middle of a frame, and while the client sends."""
+    """The client gets 1014, since 1006 must not be sent, even in the middle of a frame."""
 
     async def die(websocket: ServerConnection) -> None:
         await websocket.recv()
@@ -487,7 +487,7 @@ async def test_an_upstream_that_dies_is_a_bad_gateway(gateway: Server, sent: byt
 
 
 async def test_a_message_over_the_limit_ends_the_connection(gateway: Server) -> None:
-    """From the upstream, one of more than 16 MiB."""
+    """The upstream sends more than 16 MiB."""
 
     async def much(websocket: ServerConnection) -> None:
         with suppress(ConnectionClosed):
@@ -510,13 +510,13 @@ async def check_the_upstream_is_told(gateway: Server, code: int, reason: str) ->
 
 
 @pytest.mark.parametrize(("code", "reason"), CODES)
-async def test_when_the_client_closes_the_upstream_is_told(gateway: Server, code: int, reason: str) -> None:
-    """At once, with the same code and reason."""
+async def test_if_the_client_closes_the_upstream_is_told(gateway: Server, code: int, reason: str) -> None:
+    """It gets the same code and reason at once."""
     await check_the_upstream_is_told(gateway, code, reason)
 
 
-async def test_when_the_client_closes_the_naive_gateway_waits_for_ever(naive_gateway: Server) -> None:
-    """The upstream goes on sending to nobody: a consumer that left is served the next payload."""
+async def test_if_the_client_closes_the_naive_gateway_waits_forever(naive_gateway: Server) -> None:
+    """The upstream keeps sending, so the next payload goes to a consumer that has left."""
     with fails("the upstream to be told"):
         await check_the_upstream_is_told(naive_gateway, 1000, "")
 
@@ -534,8 +534,8 @@ async def close_without_a_code(websocket: ClientConnection) -> None:
 @pytest.mark.parametrize(
     "way", [vanish, reset, half_a_frame, close_without_a_code], ids=lambda way: way.__name__
 )
-async def test_when_the_client_dies_the_upstream_is_told(gateway: Server, way: Way) -> None:
-    """1001, for 1005 and 1006 must not be sent; also in the middle of a frame."""
+async def test_if_the_client_dies_the_upstream_is_told(gateway: Server, way: Way) -> None:
+    """It gets 1001, since 1005 and 1006 must not be sent, even in the middle of a frame."""
     told = Told()
     async with upstream(told):
         async with client(gateway, "/ws/x") as websocket:
@@ -543,8 +543,8 @@ async def test_when_the_client_dies_the_upstream_is_told(gateway: Server, way: W
         assert await told.end() == (1001, "the client went away")
 
 
-async def test_what_was_sent_before_the_end_arrives(gateway: Server) -> None:
-    """In both directions: 3 MB, and then the close frame, to a side that is slow to read."""
+async def test_messages_sent_before_a_close_frame_arrive(gateway: Server) -> None:
+    """3 MB and a close frame go in each direction, to a side that reads slowly."""
     messages = [f"{number}".ljust(10_000) for number in range(300)]
     received: list[str] = []
 
@@ -569,7 +569,7 @@ async def test_what_was_sent_before_the_end_arrives(gateway: Server) -> None:
 
 
 async def test_a_client_that_does_not_read_makes_the_upstream_wait(gateway: Server) -> None:
-    """The gateway keeps next to nothing for it. When it leaves, the upstream is told at once."""
+    """The gateway buffers next to nothing. When the client leaves, the upstream is told at once."""
     flood = Flood()
     before = gateway.rss()
     async with upstream(flood), client(gateway, "/ws/x", sock=narrow(gateway), max_queue=1) as websocket:
@@ -581,7 +581,7 @@ async def test_a_client_that_does_not_read_makes_the_upstream_wait(gateway: Serv
 
 
 async def test_an_upstream_that_does_not_read_makes_the_client_wait(gateway: Server) -> None:
-    """The gateway keeps next to nothing for it."""
+    """The gateway buffers next to nothing."""
     release = asyncio.Event()
     received = 0
 
@@ -607,8 +607,8 @@ async def test_an_upstream_that_does_not_read_makes_the_client_wait(gateway: Ser
         await until(lambda: received >= sent, "what was sent to arrive")
 
 
-async def test_a_client_that_does_not_read_is_given_up(impatient: Server) -> None:
-    """After STALL_TIMEOUT the upstream is free, though the client is there still."""
+async def test_a_client_that_does_not_read_is_disconnected(impatient: Server) -> None:
+    """After STALL_TIMEOUT, the upstream is free, although the client is still there."""
     flood = Flood()
     ended = asyncio.Event()
 
@@ -628,8 +628,8 @@ async def test_a_client_that_does_not_read_is_given_up(impatient: Server) -> Non
     await all_gone(impatient)
 
 
-async def test_an_upstream_that_does_not_read_is_given_up(impatient: Server) -> None:
-    """After STALL_TIMEOUT the client is told 1014."""
+async def test_an_upstream_that_does_not_read_is_disconnected(impatient: Server) -> None:
+    """After STALL_TIMEOUT, the client gets 1014."""
 
     async def deaf(websocket: ServerConnection) -> None:
         await websocket.wait_closed()
@@ -649,7 +649,7 @@ async def test_an_upstream_that_does_not_read_is_given_up(impatient: Server) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_both_sides_are_told_when_the_gateway_ends(own_gateway: Server, number: signal.Signals) -> None:
-    """1012 for clients and upstream, and an exit within a second, also while a handshake goes on."""
+    """Both get 1012. The gateway ends within a second, even during a handshake."""
     told = Told()
     opening, ended = asyncio.Event(), asyncio.Event()
 
@@ -676,8 +676,8 @@ async def test_both_sides_are_told_when_the_gateway_ends(own_gateway: Server, nu
     assert "Cancel" not in own_gateway.log, "a task was left behind"
 
 
-async def test_it_ends_though_a_client_does_not_read(own_gateway: Server) -> None:
-    """--timeout-graceful-shutdown later."""
+async def test_the_gateway_ends_although_a_client_does_not_read(own_gateway: Server) -> None:
+    """It ends after --timeout-graceful-shutdown."""
     flood = Flood()
     async with (
         upstream(flood),

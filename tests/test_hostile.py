@@ -179,7 +179,7 @@ async def test_ctrl_c_works_while_producers_that_do_not_read_are_refused(fresh: 
 
 
 async def test_ctrl_c_works_while_a_consumer_that_does_not_read_is_refused(fresh: Server) -> None:
-    """With acknowledgements: it has many payloads, stops reading, and says something else than ack."""
+    """With acknowledgements: it has many payloads, does not read, and sends something else."""
     if not fresh.acks:
         pytest.skip("without acknowledgements, what a consumer says is ignored")
     payloads = numbered(300, 50_000)
@@ -343,7 +343,7 @@ IMPATIENT = {"ping_interval": 0.2 * SLOWNESS, "ping_timeout": 0.3 * SLOWNESS}  #
 
 
 async def test_a_busy_consumer_that_expects_its_pongs_loses_payloads() -> None:
-    """The pong waits behind the payloads, and so the client itself closes, with payloads in its socket."""
+    """The pong waits behind the payloads, so the client closes with payloads in its socket."""
     with running(SERVERS["server.py"]) as server:
         assert await lost_by_a_busy_consumer(server, **IMPATIENT) > 100
 
@@ -355,7 +355,7 @@ async def test_a_busy_consumer_loses_nothing_without_a_ping_timeout(server: Serv
 
 
 async def test_a_busy_consumer_that_acknowledges_loses_nothing() -> None:
-    """It closes as often, but what it had not acknowledged comes again."""
+    """It closes as often, but its unacknowledged payloads come again."""
     with running(SERVERS["ack_server.py"]) as server:
         assert await lost_by_a_busy_consumer(server, **IMPATIENT) == 0
 
@@ -367,7 +367,7 @@ async def test_a_busy_consumer_that_acknowledges_loses_nothing() -> None:
     "command", [with_options(SERVERS["server.py"], *OPTIONS, "--limit-concurrency", "20")]
 )
 async def test_a_limit_of_connections_holds_for_websockets(command: list[str]) -> None:
-    """One more gets HTTP 503. If one leaves, there is a place again."""
+    """The next client gets HTTP 503. If a client leaves, there is a place again."""
     with running(command) as server:
         async with AsyncExitStack() as stack:
             taken = [await stack.enter_async_context(client(server, CONSUMER)) for _ in range(20)]

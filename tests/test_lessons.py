@@ -74,8 +74,8 @@ def imports(lesson: Path) -> Iterator[str]:
             yield (node.module or "").partition(".")[0]
 
 
-def test_ladder() -> None:
-    """The table in lessons/README.md has one row for each lesson, which links to its file and to its page."""
+def test_the_table_lists_every_lesson() -> None:
+    """Each row of lessons/README.md links to a file and to its page."""
     readme = (ROOT / "lessons" / "README.md").read_text()
     rows = re.findall(r"^\| .* \| \[`(\S+)`\]\((\S+)\) \| .* \| \[\S+\]\((\S+)\) \|$", readme, re.MULTILINE)
     files = [*LESSONS, ROOT / "multiproc_server.py"]
@@ -101,8 +101,8 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[slb]*/*.md"), ROOT / ".github" / "CONT
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links(page: Path) -> None:
-    """Each link to a file, or to a heading of a page, leads somewhere."""
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """It leads to a file, or to a heading of a page."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for path, anchor in LINK.findall(text):
         target = (page.parent / path).resolve() if path else page
@@ -111,15 +111,15 @@ def test_links(page: Path) -> None:
             assert anchor in anchors(target), f"{path}#{anchor}"
 
 
-def test_requirements() -> None:
-    """lessons/requirements.txt lists what the lessons need, and nothing else."""
+def test_requirements_list_what_the_lessons_need() -> None:
+    """lessons/requirements.txt lists nothing else."""
     needed = {canonicalize_name(needs.name) for lesson in LESSONS for needs in dependencies(lesson)}
     assert needed == listed(ROOT / "lessons" / "requirements.txt").keys()
 
 
 @pytest.mark.parametrize("lesson", FILES, ids=lambda lesson: lesson.name)
-def test_dependencies(lesson: Path) -> None:
-    """Its PEP 723 block agrees with requirements.txt, and covers what it imports."""
+def test_the_dependencies_in_a_file_are_complete(lesson: Path) -> None:
+    """Its PEP 723 block agrees with requirements.txt, and covers its imports."""
     assert block(lesson)["requires-python"] == ">=3.11"
     known = [listed(path / "requirements.txt") for path in (ROOT, ROOT / "lessons")]
     needed = dependencies(lesson)
@@ -134,6 +134,6 @@ def test_dependencies(lesson: Path) -> None:
 
 
 @pytest.mark.parametrize("lesson", FILES, ids=lambda lesson: lesson.name)
-def test_stands_alone(lesson: Path) -> None:
+def test_a_lesson_stands_alone(lesson: Path) -> None:
     """It imports no other file of the project."""
     assert not set(imports(lesson)) & OURS

@@ -90,7 +90,7 @@ async def check_connections_are_limited(server: Server) -> None:
 
 
 async def test_connections_of_a_client_are_limited(low: Server) -> None:
-    """The next one is refused with 429. Another client is not concerned. Each place becomes free again."""
+    """The next one gets 429. Other clients do not notice. Each place becomes free again."""
     await check_connections_are_limited(low)
     async with AsyncExitStack() as stack:
         mine = [
@@ -113,7 +113,7 @@ async def test_connections_of_a_client_are_limited(low: Server) -> None:
 
 
 async def test_connections_of_a_user_are_limited(by_user: Server) -> None:
-    """Over both endpoints, and from whatever address. Another user at the same address is not concerned."""
+    """Both endpoints and all addresses count. Another user at the same address does not notice."""
     options = header(token(sub="many"))
     async with AsyncExitStack() as stack:
         mine = [
@@ -137,7 +137,7 @@ async def test_connections_of_a_user_are_limited(by_user: Server) -> None:
 
 
 async def test_a_client_that_answers_no_ping_is_dropped(by_user: Server) -> None:
-    """And its place is free again."""
+    """Its place is free again."""
     options = header(token(sub="hung"))
     async with AsyncExitStack() as stack:
         hung = [await stack.enter_async_context(client(by_user, CONSUMER, **options)) for _ in range(3)]
@@ -154,7 +154,7 @@ async def test_a_client_that_answers_no_ping_is_dropped(by_user: Server) -> None
 # How long
 
 
-async def test_the_longest_life_and_the_longest_silence(low: Server) -> None:
+async def test_the_length_of_a_connection_and_of_a_silence_is_limited(low: Server) -> None:
     """A client that sends nothing is closed after IDLE_TIMEOUT, and every client after MAX_LIFETIME."""
     start = time.monotonic()
     async with client(low, PRODUCER) as talker, client(low, PRODUCER) as silent:
@@ -217,7 +217,7 @@ async def test_a_pause_fills_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_bad_payload_is_refused(low: Server) -> None:
-    """As by server.py: 1 MiB is the limit, and JSON is needed."""
+    """As in server.py, a payload must be JSON of at most 1 MiB."""
     payloads: list[tuple[str | bytes, int]] = [
         (json.dumps("x" * 1024 * 1024), 1009),
         ("nonsense", 1007),
@@ -231,7 +231,7 @@ async def test_a_bad_payload_is_refused(low: Server) -> None:
 
 
 async def test_foreign_pages_are_refused() -> None:
-    """As by server.py."""
+    """As in server.py."""
     with running(COMMAND) as server:
         await check_foreign_page_is_refused(server, PRODUCER, "http://evil.example")
 
@@ -248,8 +248,8 @@ async def check_guessing_is_limited(server: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["low", "by_user"])
-async def test_guessing_is_limited(request: pytest.FixtureRequest, name: str) -> None:
-    """By name, whatever the address; by address, whatever the name. The right password is refused as well."""
+async def test_guesses_of_passwords_are_limited(request: pytest.FixtureRequest, name: str) -> None:
+    """By name and by address. After too many, the right password is refused, too."""
     server: Server = request.getfixturevalue(name)
     passwords = {"low": "wonderland", "by_user": "builder"}
     await check_guessing_is_limited(server, "bob")
@@ -261,14 +261,14 @@ async def test_guessing_is_limited(request: pytest.FixtureRequest, name: str) ->
 
 
 async def test_right_passwords_do_not_count(low: Server) -> None:
-    """They are forgotten, one by one, as soon as they are answered."""
+    """They are forgotten as soon as they are answered."""
     for _ in range(7):
         assert log_in(low, "carol", "wonderland", "127.0.0.6")[0] == 200
     assert log_in(low, "carol", "wrong", "127.0.0.6")[0] == 401
 
 
 async def test_failed_logins_are_forgotten_after_a_while() -> None:
-    """LOGIN_WINDOW after the first of them, one more may fail."""
+    """LOGIN_WINDOW after the first failure, one more login may fail."""
     hasty = with_constants("lessons.limits_server", **{**LOW, "LOGIN_WINDOW": 0.5 * SLOWNESS})
     with running(hasty) as server:
         await until(lambda: guess(server, "dave", "127.0.0.1") == 429, "too many failures")
@@ -286,14 +286,14 @@ def guess(server: Server, name: str, forwarded: str) -> int:
 
 @pytest.mark.parametrize("command", [SCRIPT, with_options(COMMAND, "--no-proxy-headers")])
 def test_a_client_cannot_claim_to_be_another_address(command: list[str]) -> None:
-    """The header X-Forwarded-For does not help those who guess."""
+    """The header X-Forwarded-For does not help a client that guesses."""
     with running(command) as server:
         statuses = [guess(server, f"user {number}", f"192.0.2.{number}") for number in range(6)]
         assert statuses == [401] * 5 + [429]
 
 
 def test_addresses_of_an_ipv6_64_count_as_one() -> None:
-    """Behind a proxy that uvicorn trusts: one client may have all addresses of a /64."""
+    """Uvicorn trusts the proxy. One client may have all addresses of a /64."""
     with running(COMMAND) as server:
         statuses = [guess(server, f"user {number}", f"2001:db8:0:1::{number}") for number in range(6)]
         assert statuses == [401] * 5 + [429]
@@ -305,22 +305,22 @@ def test_addresses_of_an_ipv6_64_count_as_one() -> None:
 # The servers without limits, and the end
 
 
-async def test_servers_without_limits(unlimited: Server) -> None:
-    """server.py takes what one client sends, and connects as often as it likes."""
+async def test_server_py_has_no_limits(unlimited: Server) -> None:
+    """It takes all payloads and all connections of a client."""
     with fails("1000 payloads were taken at once"):
         await check_rate_is_limited(unlimited)
     with fails("a fourth connection was let in"):
         await check_connections_are_limited(unlimited)
 
 
-async def test_naive_lets_one_guess_for_ever() -> None:
-    """It keeps no count."""
+async def test_the_naive_version_lets_a_client_guess_forever() -> None:
+    """It does not count failures."""
     with running(NAIVE, env={"SECRET_KEY": KEY}) as server, fails("7 guesses were looked at"):
         await check_guessing_is_limited(server, "alice")
 
 
-async def test_it_ends_at_once() -> None:
-    """On Ctrl+C, also if a client is being throttled."""
+async def test_ctrl_c_ends_the_server_at_once() -> None:
+    """A client that is being throttled does not delay it."""
     with running(COMMAND) as server:
         async with client(server, PRODUCER) as idle, client(server, PRODUCER) as busy:
             write(busy, numbered(1200))

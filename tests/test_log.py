@@ -271,8 +271,8 @@ async def test_a_job_can_be_stopped(server: Server) -> None:
         assert (producer.close_code, producer.close_reason) == (1008, "this stream has ended")
 
 
-async def test_a_job_can_fail(name: str) -> None:
-    """Its consumers hear of it, the log gets a line, and the server goes on."""
+async def test_a_job_that_fails_ends_its_stream(name: str) -> None:
+    """Its consumers are told, the log gets a line, and the server goes on."""
     with running(with_constants(f"lessons.{name}", FAILING_JOB)) as server:
         stream = start_job(server, "fail")
         async with consumer(server, stream, "0") as taker:
@@ -291,7 +291,7 @@ def test_a_bad_job_is_refused(server: Server, body: bytes, status: int) -> None:
 # Server-sent events
 
 
-async def test_an_event_source_gets_the_same_and_resumes(server: Server) -> None:
+async def test_an_event_source_gets_the_same_events_and_resumes(server: Server) -> None:
     """Each event has an id, which a browser sends when it reconnects. Line separators survive."""
     await produce(server, "sse", ['{ "a":\n1 }', '"\u2028"'])
     async with consumer(server, "sse") as taker:
@@ -308,7 +308,7 @@ async def test_an_event_source_gets_the_same_and_resumes(server: Server) -> None
     assert f"id: {epoch}:1\n\ndata: " not in text.partition("event: start")[2].partition("\n\n")[2]
 
 
-async def test_an_event_source_hears_the_end(server: Server) -> None:
+async def test_an_event_source_hears_the_end_of_the_stream(server: Server) -> None:
     stream = start_job(server, "two words")
     async with event_source(server, f"/streams/{stream}?after=0") as source:
         text = (await source.readuntil(b'event: end\ndata: "done"\n\n')).decode()

@@ -86,8 +86,8 @@ async def test_a_job_can_be_stopped(context: BrowserContext, server: Server) -> 
     assert problems == []
 
 
-async def test_a_job_that_the_server_has_lost(context: BrowserContext) -> None:
-    """After a restart, the page reconnects, and says that the job is gone."""
+async def test_the_page_says_that_the_server_has_lost_a_job(context: BrowserContext) -> None:
+    """The page reconnects after a restart."""
     command = uvicorn_command("lessons.log_server:app")
     with running(command) as first:
         page, _ = await opened(context, first)
@@ -105,8 +105,8 @@ async def test_a_job_that_the_server_has_lost(context: BrowserContext) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_is_readable(browser: Browser, server: Server, scheme: str) -> None:
-    """No text has too little contrast, and nothing is wider than a phone."""
+async def test_the_page_is_readable(browser: Browser, server: Server, scheme: str) -> None:
+    """All text has enough contrast, and nothing is wider than a phone."""
     context = await browser.new_context(color_scheme=scheme, viewport={"width": 360, "height": 740})  # type: ignore[arg-type]
     page, _ = await opened(context, server)
     await start(page, "two words")

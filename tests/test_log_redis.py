@@ -237,7 +237,7 @@ async def closed(server: Server, path: str) -> tuple[int | None, str | None]:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_redis_goes_away_and_comes_back(pair: list[Server], broker: Redis, how: str) -> None:
+async def test_consumers_go_on_when_redis_is_back(pair: list[Server], broker: Redis, how: str) -> None:
     """Producers and new consumers get 1013. Consumers wait, and then go on. The log says it once.
 
     A job that could not write has failed.
@@ -293,8 +293,8 @@ async def test_consumers_hear_that_redis_has_lost_the_log(pair: list[Server], br
         assert await taker.events(1) == [(1, "new")]
 
 
-def test_no_redis_at_the_start() -> None:
-    """The server says so in one line without the password, and ends with the exit code 3."""
+def test_a_server_without_redis_ends_with_one_line() -> None:
+    """The line has no password, and the exit code is 3."""
     command = with_options(COMMAND, "--workers", "1")
     server = Server(command, env={"REDIS_URL": f"redis://:secret@127.0.0.1:{free_port()}"})
     try:
@@ -308,8 +308,8 @@ def test_no_redis_at_the_start() -> None:
         server.kill()
 
 
-async def test_ctrl_c_while_redis_is_gone() -> None:
-    """The server ends all the same, with its consumers and its job."""
+async def test_ctrl_c_ends_the_server_while_redis_is_gone() -> None:
+    """Its consumers and its job end with it."""
     with closing(Redis()) as broker, running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
         stream = start_job(server, OVER_AND_OVER)
         async with consumer(server, stream, "0") as taker:

@@ -168,8 +168,8 @@ async def test_payloads_go_from_any_worker_to_any(fresh: Server) -> None:
     assert await drain(fresh) == [str(number) for number in range(16)]
 
 
-async def test_parked_consumers_cost_nothing(fresh: Server) -> None:
-    """With 200 parked consumers, payloads still flow by the thousand, and idle workers use no CPU."""
+async def test_waiting_consumers_cost_nothing(fresh: Server) -> None:
+    """With 200 of them, payloads flow by the thousand, and idle workers use no CPU."""
     async with AsyncExitStack() as stack:
         for _ in range(200):
             await stack.enter_async_context(consumer(fresh))
@@ -178,8 +178,8 @@ async def test_parked_consumers_cost_nothing(fresh: Server) -> None:
     assert await rate(fresh, 100, 5000) > 1000
 
 
-async def test_naive_parked_consumers_take_all_threads(naive: Server) -> None:
-    """The naive version's producers wait behind its parked consumers, each of which holds a thread."""
+async def test_waiting_consumers_of_the_naive_version_take_all_threads(naive: Server) -> None:
+    """Each of them holds a thread, so producers have to wait."""
     async with AsyncExitStack() as stack:
         for _ in range(40):
             await stack.enter_async_context(consumer(naive))
@@ -194,15 +194,15 @@ async def test_naive_parked_consumers_take_all_threads(naive: Server) -> None:
     raise AssertionError("every producer got its receipt")
 
 
-async def test_naive_hangs_on_ctrl_c(naive: Server) -> None:
-    """The naive version waits for the threads of its parked consumers for ever."""
+async def test_the_naive_version_hangs_on_ctrl_c(naive: Server) -> None:
+    """It waits forever for the threads of its consumers."""
     async with consumer(naive):
         naive.interrupt()
         assert await asyncio.to_thread(naive.ends_within, 2.5) is None
 
 
-async def test_all_workers_killed_lose_nothing_queued(fresh: Server) -> None:
-    """All workers killed with 500 payloads queued: uvicorn replaces them, and the 500 arrive in order."""
+async def test_killing_all_workers_loses_no_queued_payload(fresh: Server) -> None:
+    """Uvicorn replaces the workers, and 500 queued payloads arrive in order."""
     payloads = [str(number) for number in range(500)]
     await produce(fresh, payloads)
     for worker in workers(fresh):
@@ -211,8 +211,8 @@ async def test_all_workers_killed_lose_nothing_queued(fresh: Server) -> None:
     assert await drain(fresh) == payloads
 
 
-async def test_a_worker_killed_under_load_loses_what_it_was_handing_over(fresh: Server) -> None:
-    """A worker killed in full flow: at most a batch and one a consumer are missing, and none comes twice."""
+async def test_a_worker_killed_under_load_loses_only_what_it_was_sending(fresh: Server) -> None:
+    """At most a batch and one payload for each consumer are missing. No payload comes twice."""
     received: list[int] = []
     echoed: set[int] = set()
     numbers = itertools.count()
@@ -247,8 +247,8 @@ async def test_a_worker_killed_under_load_loses_what_it_was_handing_over(fresh: 
     assert len(received) == len(set(received)), "a payload came twice"
 
 
-async def test_the_parent_killed_ends_all(fresh: Server) -> None:
-    """When the parent is killed, its workers and the manager notice, and are gone within 5 s."""
+async def test_killing_the_parent_ends_all_processes(fresh: Server) -> None:
+    """The workers and the manager notice, and end within 5 s."""
     async with consumer(fresh):
         fresh.process.kill()
         fresh.process.wait()
@@ -256,8 +256,8 @@ async def test_the_parent_killed_ends_all(fresh: Server) -> None:
 
 
 @pytest.mark.parametrize("parked", [0, 3])
-async def test_the_manager_killed_ends_all(fresh: Server, parked: int) -> None:
-    """When the manager is killed, the workers say so in a line each, all end, and the exit code tells."""
+async def test_killing_the_manager_ends_all_processes(fresh: Server, parked: int) -> None:
+    """Each worker says so in a line, and the exit code shows it."""
     async with AsyncExitStack() as stack:
         for _ in range(parked):
             await stack.enter_async_context(consumer(fresh))
@@ -275,8 +275,8 @@ async def test_the_manager_killed_ends_all(fresh: Server, parked: int) -> None:
 
 
 @pytest.mark.parametrize("module", ["_asyncio", "pydantic_core"])
-def test_ctrl_c_while_the_parent_imports(module: str) -> None:
-    """Ctrl+C after the parent has imported this module ends it by SIGINT, without a word."""
+def test_ctrl_c_ends_the_parent_while_it_imports(module: str) -> None:
+    """It ends by SIGINT and prints nothing."""
     with starting(COMMAND) as server:
         maps = Path(f"/proc/{server.process.pid}/maps")
         wait_for(lambda: f"/{module}" in maps.read_text(), f"the import of {module}", longest=0.005)
@@ -287,8 +287,8 @@ def test_ctrl_c_while_the_parent_imports(module: str) -> None:
 
 
 @pytest.mark.parametrize("stop", [press_ctrl_c, stop_service, close_terminal, kill_parent])
-def test_stop_while_the_manager_starts(stop: Callable[[Server], None]) -> None:
-    """A signal while the manager's process imports leaves no process behind and prints no traceback."""
+def test_a_signal_ends_the_server_while_the_manager_starts(stop: Callable[[Server], None]) -> None:
+    """No process is left, and no traceback is printed."""
     with starting(COMMAND) as server:
         # The first child is multiprocessing's resource tracker.
         wait_for(lambda: len(children(server)) == 2, "the manager's process", longest=0.005)
@@ -298,8 +298,8 @@ def test_stop_while_the_manager_starts(stop: Callable[[Server], None]) -> None:
 
 
 @pytest.mark.parametrize("stop", [press_ctrl_c, stop_service, close_terminal, kill_parent])
-def test_stop_while_the_workers_start(stop: Callable[[Server], None]) -> None:
-    """A signal while the workers import ends all processes without a traceback."""
+def test_a_signal_ends_the_server_while_the_workers_start(stop: Callable[[Server], None]) -> None:
+    """No process is left, and no traceback is printed."""
     with starting(COMMAND) as server:
         wait_for(lambda: len(children(server)) == 4, "both workers' processes", longest=0.005)
         stop(server)
@@ -344,8 +344,8 @@ def test_no_process_outlives_its_terminal() -> None:
                 process.kill()
 
 
-async def test_nohup_keeps_it_running() -> None:
-    """With nohup, a closed terminal makes it replace its workers. The queue stays."""
+async def test_nohup_keeps_the_server_running() -> None:
+    """When the terminal closes, the server replaces its workers. The queue stays."""
     with running(["nohup", *COMMAND]) as server:
         wait_for(lambda: serving(server, 2), "both workers")
         await produce(server, numbered(3))
@@ -400,7 +400,7 @@ async def test_a_rolling_restart_loses_nothing(fresh: Server) -> None:
     assert len(received) == len(set(received)), "a payload came twice"
 
 
-def test_stop_during_a_rolling_restart(fresh: Server) -> None:
+def test_a_signal_ends_the_server_during_a_rolling_restart(fresh: Server) -> None:
     """The server does not finish the rolling restart first."""
     restart_workers(fresh)
     wait_for(lambda: "Received SIGHUP" in fresh.log, "the rolling restart")
@@ -422,8 +422,8 @@ def start_method(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, st
     return {"PYTHONPATH": str(tmp_path)}
 
 
-async def test_any_default_start_method(start_method: dict[str, str]) -> None:
-    """The server forwards payloads, and ends quietly when systemd stops it."""
+async def test_the_server_works_with_any_default_start_method(start_method: dict[str, str]) -> None:
+    """It forwards payloads, and ends quietly when systemd stops it."""
     with running(COMMAND, env=start_method) as server:
         wait_for(lambda: serving(server, 2), "both workers")
         await produce(server, numbered(9))
@@ -436,8 +436,8 @@ async def test_any_default_start_method(start_method: dict[str, str]) -> None:
         assert "7 payloads were still queued" in server.log
 
 
-async def test_naive_starts_with_any_default_start_method(start_method: dict[str, str]) -> None:
-    """The naive version forwards payloads too, so the tests of its faults run on every Python."""
+async def test_the_naive_version_starts_with_any_default_start_method(start_method: dict[str, str]) -> None:
+    """It forwards payloads, so the tests of its faults run on every Python."""
     with running(NAIVE, env=start_method) as server:
         await produce(server, ["1"])
         async with client(server, CONSUMER) as taker:

@@ -89,8 +89,8 @@ async def test_a_payload_is_sent_waits_and_arrives(browser: Browser, name: str) 
             assert "script-src-attr 'none'; require-trusted-types-for 'script'" in playground.policy
 
 
-async def test_the_editor_checks_as_one_types(playground: Playground) -> None:
-    """What is no payload is said before it is sent; sent all the same, it is refused, and not sent again."""
+async def test_the_editor_checks_while_the_user_types(playground: Playground) -> None:
+    """It says what is wrong. If such a payload is sent, it is refused, and not sent again."""
     page = playground.page
     editor = page.get_by_label("Payload, a JSON value")
     await editor.fill('{"a": 1')
@@ -112,7 +112,7 @@ async def test_the_editor_checks_as_one_types(playground: Playground) -> None:
 
 
 async def test_ten_lanes_share_a_stream(playground: Playground) -> None:
-    """200 payloads a second go to ten lanes: each gets some, none is lost, and the page stays smooth."""
+    """Each gets some of 200 payloads a second, none is lost, and the page stays smooth."""
     page = playground.page
     await playground.add(10)
     await page.get_by_label("Steady stream").fill("100")
@@ -150,7 +150,7 @@ async def test_ten_lanes_share_a_stream(playground: Playground) -> None:
 
 
 async def test_killed_lanes_lose_nothing(playground: Playground, browser: Browser) -> None:
-    """Of three consumers one is disconnected, and one's tab closed: the third gets all that is sent then."""
+    """One lane is disconnected, and the tab of one is closed. The third gets all payloads."""
     await playground.add(2)
     async with opened(browser, playground.server) as other:
         await other.add()
@@ -172,7 +172,7 @@ async def test_killed_lanes_lose_nothing(playground: Playground, browser: Browse
 
 
 async def test_bad_input_is_answered(playground: Playground) -> None:
-    """Each kind of bad input has a button, and shows code and reason; other connections notice nothing."""
+    """Each kind has a button, and shows code and reason. Other connections go on."""
     await playground.add()
     group = playground.page.get_by_role("group", name="Bad input")
     assert await group.get_by_role("button").all_inner_texts() == list(BAD)
@@ -186,7 +186,7 @@ async def test_bad_input_is_answered(playground: Playground) -> None:
 
 
 async def test_markup_stays_text(playground: Playground) -> None:
-    """A payload that would be markup, and run, is shown as it is; and the browser has orders to run none."""
+    """The page shows markup as it is. Its policy forbids the browser to run any."""
     page = playground.page
     payload = '"<img src=x onerror=window.ran=1><script>ran=1</script>"'
     await playground.add()
@@ -207,7 +207,7 @@ async def test_markup_stays_text(playground: Playground) -> None:
     playground.problems.clear()
 
 
-async def test_it_recovers_when_the_server_comes_back(browser: Browser) -> None:
+async def test_the_page_recovers_when_the_server_comes_back(browser: Browser) -> None:
     """On a restart lanes and producer say why they closed, and connect again; the stream goes on.
 
     The producer sends all the time, and so it may see 1006: see README.md, "1006 instead of 1012".
@@ -237,8 +237,8 @@ async def test_it_recovers_when_the_server_comes_back(browser: Browser) -> None:
                 assert len(playground.received) == len(set(playground.received))
 
 
-async def test_what_has_no_receipt_is_sent_again(playground: Playground) -> None:
-    """Into a full queue: the producer is told, tries again, and in the end all has arrived once, in order."""
+async def test_a_payload_without_a_receipt_is_sent_again(playground: Playground) -> None:
+    """The queue is full, and the producer is told. In the end, all arrives once, in order."""
     page, server = playground.page, playground.server
     early = [f'{{"early": {n}}}' for n in range(server.capacity - 20)]
     await produce(server, early)
@@ -259,8 +259,8 @@ async def test_what_has_no_receipt_is_sent_again(playground: Playground) -> None
         assert again == unreceipted[: len(again)]
 
 
-async def test_acknowledgements(browser: Browser, site: Server) -> None:
-    """Where the server has acknowledgements, a lane gives them by itself, by hand, or not at all."""
+async def test_a_lane_acknowledges_by_itself_by_hand_or_not_at_all(browser: Browser, site: Server) -> None:
+    """The server takes acknowledgements."""
     routes: list[WebSocketRoute] = []
     said: list[str | bytes] = []
     page = await browser.new_page()
@@ -312,8 +312,8 @@ async def test_acknowledgements(browser: Browser, site: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["redis_server.py"])
-async def test_what_a_lane_leaves_unacknowledged_goes_to_another(browser: Browser, name: str) -> None:
-    """Where the server takes acknowledgements, a lane gives them as told, and takes nothing with it."""
+async def test_unacknowledged_payloads_of_a_lane_go_to_another(browser: Browser, name: str) -> None:
+    """A lane that is disconnected takes nothing with it."""
     payloads = [str(number) for number in range(6)]
     with running(SERVERS[name]) as server:
         async with opened(browser, server) as playground:
@@ -350,7 +350,7 @@ async def test_what_a_lane_leaves_unacknowledged_goes_to_another(browser: Browse
 
 
 async def test_addresses_come_from_the_page(browser: Browser) -> None:
-    """Behind a proxy, under https and a folder, the websockets are looked for beside the page."""
+    """Behind a proxy, with https and a folder, the page looks for the websockets beside itself."""
     page = await browser.new_page()
     routes: list[str] = []
     await page.route_web_socket(re.compile("."), lambda route: routes.append(route.url))
@@ -365,8 +365,8 @@ async def test_addresses_come_from_the_page(browser: Browser) -> None:
     assert routes == ["wss://proxy.example/demo/ws/producer", "wss://proxy.example/demo/ws/consumer"]
 
 
-async def test_it_works_by_keyboard(playground: Playground) -> None:
-    """Tab reaches every control, each has a name and shows that it has the focus, and keys work them."""
+async def test_the_page_works_by_keyboard(playground: Playground) -> None:
+    """Tab reaches every control. Each has a name, shows that it has the focus, and works by key."""
     page = playground.page
     await page.get_by_label("Payload, a JSON value").press("Control+Enter")
     await expect(page.locator("#receipts")).to_have_text("1")
@@ -394,8 +394,8 @@ async def test_it_works_by_keyboard(playground: Playground) -> None:
     assert reached == [(place, "solid") for place in range(len(reached))]
 
 
-async def test_it_fits_a_phone(browser: Browser, site: Server) -> None:
-    """At a phone's width nothing has to be scrolled sideways, whatever a payload contains."""
+async def test_the_page_fits_a_phone(browser: Browser, site: Server) -> None:
+    """Nothing is wider than the screen, whatever a payload contains."""
     async with opened(browser, site, viewport=PHONE, has_touch=True) as playground:
         await playground.add(2)
         await playground.send(json.dumps(["wide" * 99]))
@@ -408,8 +408,8 @@ async def test_it_fits_a_phone(browser: Browser, site: Server) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_is_readable(browser: Browser, site: Server, scheme: str) -> None:
-    """In both themes all text stands out from its background, 4.5 to 1 as WCAG asks."""
+async def test_the_page_is_readable(browser: Browser, site: Server, scheme: str) -> None:
+    """In both themes, all text has a contrast of 4.5 to 1 (WCAG)."""
     async with opened(browser, site, color_scheme=scheme) as playground:
         await playground.add()
         await playground.page.get_by_label("Payload, a JSON value").fill("[")
@@ -420,14 +420,14 @@ async def test_it_is_readable(browser: Browser, site: Server, scheme: str) -> No
 
 
 async def test_the_page_is_one_short_file() -> None:
-    """It has at most 430 lines, and needs nothing from elsewhere."""
+    """It has at most 430 lines, and loads nothing from elsewhere."""
     page = (ROOT / "web" / "index.html").read_text()
     assert len(page.splitlines()) <= 430
     assert not re.findall(r"https?://|innerHTML|@import", page)
 
 
 async def test_dead_letters_can_be_seen_and_retried(browser: Browser) -> None:
-    """A payload that crashed five consumers stands there as text, and a button puts it back."""
+    """The page shows a payload that crashed five consumers as text. A button puts it back."""
     with running(SERVERS["ack_server.py"]) as server:
         poison = json.dumps("<b>poison</b>")
         await produce(server, [poison])
@@ -448,7 +448,7 @@ async def test_dead_letters_can_be_seen_and_retried(browser: Browser) -> None:
 
 
 async def test_producer_and_queue_stay_in_view_beside_ten_lanes(browser: Browser, site: Server) -> None:
-    """On a laptop, lanes stand three in a row, and whatever is scrolled, one sees the queue fill."""
+    """On a laptop, three lanes are in a row. The user sees the queue fill, wherever they scroll."""
     async with opened(browser, site, **LAPTOP) as playground:
         page = playground.page
         await playground.add(10)
@@ -462,10 +462,10 @@ async def test_producer_and_queue_stay_in_view_beside_ten_lanes(browser: Browser
 
 
 @pytest.mark.parametrize("screen", [TALL_PHONE, ZOOMED], ids=["phone", "zoom 200%"])
-async def test_one_sees_the_queue_after_pressing_send(
+async def test_the_queue_is_in_view_after_pressing_send(
     browser: Browser, site: Server, screen: dict[str, object]
 ) -> None:
-    """On a phone, and at 200% zoom: also below, where bad input has its answer in view."""
+    """On a phone and at 200% zoom. The answers to bad input are in view, too."""
     async with opened(browser, site, **screen) as playground:
         page = playground.page
         send, depth, answer = page.locator("#send"), page.locator("#depth"), page.locator("#answer")
@@ -485,7 +485,7 @@ async def test_one_sees_the_queue_after_pressing_send(
 
 
 async def test_the_numbers_add_up(playground: Playground) -> None:
-    """What was sent has a receipt, was refused, or has no answer. The lanes' counts can be reset."""
+    """A sent payload has a receipt, was refused, or has no answer. Lanes' counts can be reset."""
     page = playground.page
     await playground.add()
     for payload in ("1", "nonsense", "2"):
@@ -502,7 +502,7 @@ async def test_the_numbers_add_up(playground: Playground) -> None:
 
 
 async def test_rates_are_0_without_a_connection(browser: Browser) -> None:
-    """At once, and not some seconds later: a lane's when it is disconnected, all when the server ends."""
+    """A lane's rate is 0 as soon as it is disconnected, and all are as soon as the server ends."""
     with running(SERVERS["server.py"]) as server:
         async with opened(browser, server) as playground:
             page, lane = playground.page, playground.lanes.first
@@ -534,8 +534,8 @@ async def test_rates_are_0_without_a_connection(browser: Browser) -> None:
             await expect(total).to_be_visible()
 
 
-async def test_what_is_unknown_is_shown_as_unknown(browser: Browser) -> None:
-    """Without an answer from the server, or before the login, the page has no numbers for the queue."""
+async def test_unknown_numbers_are_shown_as_unknown(browser: Browser) -> None:
+    """Before the login, or without an answer from the server, the page has no numbers."""
 
     async def shows_nothing(page: Page, why: str) -> None:
         await expect(page.locator("#queue-text")).to_have_text(why)
@@ -569,7 +569,7 @@ PRIMARY = """() => [...document.querySelectorAll("button")].filter((button) => b
 
 
 async def test_one_button_stands_out(playground: Playground) -> None:
-    """It is the one to press first: Send, or Log in where the server asks who one is."""
+    """The user presses it first: Send or, if the server wants a password, Log in."""
     page = playground.page
     assert await page.evaluate(PRIMARY) == ["Send"]
     await playground.add()
@@ -580,7 +580,7 @@ async def test_one_button_stands_out(playground: Playground) -> None:
 
 
 async def test_without_consumers_the_page_says_what_to_do(playground: Playground) -> None:
-    """And explains in words what this server promises to consumers. Bad input comes last."""
+    """It explains what this server promises to consumers. Bad input comes last."""
     page = playground.page
     empty = page.get_by_text("No consumer yet. Press Add a consumer: it takes what waits in the queue.")
     await expect(empty).to_be_visible()
@@ -677,7 +677,7 @@ async def test_a_class_sees_whether_the_queue_has_a_limit(
 
 @pytest.mark.parametrize("step", range(8))
 async def test_every_step_can_serve_the_page(step: int) -> None:
-    """The page, and how many payloads are queued."""
+    """It also says how many payloads are queued."""
     with running(uvicorn_command(f"steps.with_page:step{step}")) as server:
         status, _, body = server.get("/")
         assert (status, body) == (200, (ROOT / "web" / "index.html").read_text())

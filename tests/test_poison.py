@@ -126,7 +126,7 @@ async def test_a_payload_that_was_not_sent_is_not_to_blame() -> None:
 
 
 @acking
-async def test_only_the_hundred_oldest_are_listed(command: list[str]) -> None:
+async def test_only_the_hundred_oldest_dead_letters_are_listed(command: list[str]) -> None:
     lesson = command[3].removesuffix(":app")
     with running(with_constants(lesson, MAX_DELIVERIES=1)) as server:
         payloads = numbered(102)
@@ -149,8 +149,8 @@ async def test_a_foreign_page_can_neither_read_nor_retry_dead_letters(server: Se
 
 
 @acking
-async def test_a_script_that_is_killed_again_and_again(server: Server) -> None:
-    """The client of the README prints the poison five times, and then the next payload."""
+async def test_a_payload_that_the_client_never_survives_is_set_aside(server: Server) -> None:
+    """The client of the README prints it five times. Then comes the payload behind it."""
     await produce(server, ['"poison"', "1"])
     for _ in range(MAX_DELIVERIES):
         script = Script(server.url("/ws/consumer"))

@@ -367,14 +367,14 @@ async def test_topics_match_as_the_standard_says(
 
 
 @pytest.mark.parametrize("topic", VALID_FILTERS, ids=lambda topic: f"{topic:.20}")
-async def test_a_valid_filter_is_taken(server: Server, topic: str) -> None:
+async def test_a_valid_filter_is_accepted(server: Server, topic: str) -> None:
     async with connected(server) as subscriber:
         assert await subscriber.answer("subscribe", topic=topic) == {"type": "subscribed", "topic": topic}
 
 
 @pytest.mark.parametrize("topic", INVALID_FILTERS, ids=lambda topic: f"{topic!r:.20}")
-async def test_an_invalid_filter_is_an_error_and_no_more(server: Server, topic: str) -> None:
-    """What is wrong is said, nothing was subscribed to, and the connection goes on."""
+async def test_an_invalid_filter_is_only_an_error(server: Server, topic: str) -> None:
+    """The error says what is wrong. There is no subscription, and the connection goes on."""
     async with connected(server) as subscriber:
         error = await subscriber.answer("subscribe", topic=topic)
         assert error.keys() == {"type", "reason"}
@@ -386,8 +386,8 @@ async def test_an_invalid_filter_is_an_error_and_no_more(server: Server, topic: 
 
 
 @pytest.mark.parametrize("topic", INVALID_TOPICS, ids=lambda topic: f"{topic!r:.20}")
-async def test_an_invalid_topic_is_an_error_and_no_more(server: Server, topic: str) -> None:
-    """One cannot publish to a filter, nor to what is no topic; the connection goes on."""
+async def test_an_invalid_topic_is_only_an_error(server: Server, topic: str) -> None:
+    """A client cannot publish to a filter or to an invalid topic. The connection goes on."""
     async with connected(server, "#") as subscriber:
         error = await subscriber.answer("publish", topic=topic, data=1)
         assert error["type"] == "error"
@@ -403,7 +403,7 @@ def matches(topic_filter: str, topic: str) -> bool:
     return not hidden and re.fullmatch(pattern, topic, re.DOTALL) is not None
 
 
-def test_the_other_matcher_is_right() -> None:
+def test_the_matcher_of_this_file_is_right() -> None:
     assert [matches(*case[:2]) for case in MATCHES] == [case[2] for case in MATCHES]
 
 
@@ -457,10 +457,10 @@ def subscriber() -> lesson.Subscriber:
 @given(st.lists(st.tuples(st.integers(0, 3), FILTERS), unique=True, max_size=12).flatmap(
     lambda pairs: st.tuples(st.just(pairs), st.permutations(pairs))
 ))  # fmt: skip
-def test_who_unsubscribes_leaves_nothing_behind(
+def test_a_client_that_unsubscribes_leaves_nothing_behind(
     orders: tuple[list[tuple[int, str]], list[tuple[int, str]]],
 ) -> None:
-    """In any order; what others subscribed to still matches, and at the end there is no filter."""
+    """The order does not matter. Filters of others still match. In the end, there is no filter."""
     subscribers = [subscriber() for _ in range(4)]
     coming, going = orders
     for number, topic in coming:
@@ -476,7 +476,7 @@ def test_who_unsubscribes_leaves_nothing_behind(
 
 
 def test_subscriptions_to_other_topics_cost_nothing() -> None:
-    """With 10,000 of them, finding who gets a message takes as many calls as without."""
+    """With 10,000 of them, a message takes as many calls as without."""
 
     def calls() -> int:
         codes = []
@@ -504,8 +504,8 @@ def test_subscriptions_to_other_topics_cost_nothing() -> None:
 # Subscribing, publishing, sending
 
 
-async def test_the_welcome_says_who_and_where(server: Server) -> None:
-    """Each connection is told an id of its own, the host, and the process that it is connected to."""
+async def test_the_welcome_has_an_id_the_host_and_the_process(server: Server) -> None:
+    """Each connection gets an id of its own."""
     async with client(server, "/ws") as one, client(server, "/ws") as other:
         first, second = json.loads(await receive(one)), json.loads(await receive(other))
     assert first.keys() == second.keys() == {"type", "id", "host", "pid"}
@@ -515,14 +515,14 @@ async def test_the_welcome_says_who_and_where(server: Server) -> None:
 
 
 async def test_a_connection_gets_one_copy(server: Server) -> None:
-    """However many of its filters match, and however often it subscribed to the same."""
+    """Several of its filters may match, and it may have subscribed twice."""
     async with connected(server, "a/b", "a/+", "#", "a/b", "+/b/#", "a/#") as subscriber:
         await subscriber.say("publish", topic="a/b", data=1)
         assert len(await subscriber.heard()) == 1
 
 
 async def test_every_subscriber_gets_a_copy(server: Server) -> None:
-    """Who published, who subscribed, and nobody else; `from` says who it was."""
+    """Nobody else gets one. `from` is the id of the publisher."""
     async with (
         connected(server, "rooms/1") as publisher,
         connected(server, "rooms/+") as other,
@@ -535,8 +535,8 @@ async def test_every_subscriber_gets_a_copy(server: Server) -> None:
         assert await elsewhere.heard() == []
 
 
-async def test_what_one_unsubscribes_from_no_longer_comes(server: Server) -> None:
-    """Only that filter goes, and nobody else's; from what one has not subscribed to, one can unsubscribe."""
+async def test_messages_stop_after_an_unsubscribe(server: Server) -> None:
+    """Other filters stay. To unsubscribe from a filter without a subscription is no error."""
     async with connected(server, "a/+", "a/1") as subscriber, connected(server, "a/+") as other:
         for topic in ("a/+", "a/+", "never/#"):
             assert await subscriber.answer("unsubscribe", topic=topic) == {
@@ -552,8 +552,8 @@ async def test_what_one_unsubscribes_from_no_longer_comes(server: Server) -> Non
         assert await subscriber.heard() == [{"type": "unsubscribed", "topic": "a/1"}]
 
 
-async def test_many_topics_in_one_message(server: Server) -> None:
-    """A list of topics needs no long address: 500 topics with a message each way."""
+async def test_a_client_can_subscribe_to_many_topics_at_once(server: Server) -> None:
+    """A list of 500 topics in one message needs no long address."""
     topics = [f"some/{number}/topic" for number in range(500)]
     async with connected(server) as subscriber:
         answer = await subscriber.answer("subscribe", topic=topics)
@@ -569,7 +569,7 @@ async def test_many_topics_in_one_message(server: Server) -> None:
 
 
 async def test_a_list_with_a_bad_topic_changes_nothing(server: Server) -> None:
-    """All topics of a list are subscribed to, or none; and a list has 1,000 at most."""
+    """A client subscribes to all topics of a list, or to none. A list has at most 1,000."""
     async with connected(server) as subscriber:
         for topics in (["a", "a/#/b"], ["a", 1], ["a"] * 1001):
             assert (await subscriber.answer("subscribe", topic=topics))["type"] == "error"
@@ -577,8 +577,8 @@ async def test_a_list_with_a_bad_topic_changes_nothing(server: Server) -> None:
         assert await subscriber.heard() == []
 
 
-async def test_topics_in_the_address(server: Server) -> None:
-    """`/ws?topic=a/%2B&topic=b` subscribes at once; a bad one is an error, and no more."""
+async def test_a_client_can_subscribe_in_the_address(server: Server) -> None:
+    """As with `/ws?topic=a/%2B&topic=b`. A bad topic is only an error."""
     async with client(server, "/ws?topic=a/%2B&topic=b%23&topic=b") as websocket:
         subscriber = Connection(websocket, json.loads(await receive(websocket)))
         assert await subscriber.hear() == {"type": "subscribed", "topic": "a/+"}
@@ -589,8 +589,8 @@ async def test_topics_in_the_address(server: Server) -> None:
         assert [message["topic"] for message in await subscriber.heard()] == ["a/1", "b"]
 
 
-async def test_a_direct_send_reaches_those_named(server: Server) -> None:
-    """One id or several, each once; ids of nobody are passed over; `topic` is null."""
+async def test_a_direct_message_reaches_the_named_connections(server: Server) -> None:
+    """It has one id or several, and `topic` is null. Unknown ids are ignored."""
     async with connected(server) as one, connected(server, "#") as other, connected(server, "#") as sender:
         await sender.say("send", to=one.id, data="one")
         await sender.say("send", to=[one.id, other.id, "nobody", one.id], data="both")
@@ -604,8 +604,8 @@ async def test_a_direct_send_reaches_those_named(server: Server) -> None:
 
 
 @pytest.mark.parametrize("fresh", [program()], indirect=True, ids=["program"])
-async def test_who_left_is_forgotten(fresh: Server) -> None:
-    """After 30 connections with 20 filters each left, in any way, the server holds nothing of them."""
+async def test_a_departed_connection_is_forgotten(fresh: Server) -> None:
+    """30 connections with 20 filters each leave in any way. The server holds nothing of them."""
     async with connected(fresh, "1/2") as one:
         alone = inside(fresh)
         async with AsyncExitStack() as stack:
@@ -628,8 +628,8 @@ async def test_who_left_is_forgotten(fresh: Server) -> None:
 
 
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json"])
-async def test_publish_over_http(server: Server, content_type: str | None) -> None:
-    """`curl -d 21.5 .../publish/a/b`: JSON, whatever the request says that it is. The answer counts."""
+async def test_a_client_can_publish_over_http(server: Server, content_type: str | None) -> None:
+    """As with `curl -d 21.5 .../publish/a/b`. The answer counts the subscribers."""
     headers = {"content_type": content_type} if content_type else {}
     async with connected(server, "sensors/+/temp") as one, connected(server, "#", "sensors/#") as other:
         assert post(server, "/publish/sensors/1/temp", b' {"C" : 21.5}', **headers) == (200, {"reached": 2})
@@ -642,15 +642,15 @@ async def test_publish_over_http(server: Server, content_type: str | None) -> No
 @pytest.mark.parametrize(
     ("path", "topic"), [("/finance", "/finance"), ("caf%C3%A9/a%20b", "café/a b"), ("a/", "a/"), ("$x", "$x")]
 )
-async def test_a_topic_in_a_path(server: Server, path: str, topic: str) -> None:
-    """All that comes after /publish/ is the topic, so that one that begins with a slash has two."""
+async def test_a_path_may_contain_any_topic(server: Server, path: str, topic: str) -> None:
+    """A topic that begins with a slash follows /publish/ with a second slash."""
     async with connected(server, topic) as subscriber:
         assert post(server, f"/publish/{path}", b"1") == (200, {"reached": 1})
         assert (await subscriber.hear())["topic"] == topic
 
 
 async def test_stats_count_the_subscribers(server: Server) -> None:
-    """A load balancer may ask there whether the server is ready."""
+    """A load balancer may ask whether the server is ready."""
 
     def subscribers() -> int:
         status, _, body = server.get("/stats")
@@ -664,8 +664,8 @@ async def test_stats_count_the_subscribers(server: Server) -> None:
     await until(lambda: subscribers() == 0, "the subscriber to have left")
 
 
-async def test_broadcast_over_http(server: Server) -> None:
-    """All connections get it, those too that have subscribed to nothing. The answer counts."""
+async def test_a_client_can_broadcast_over_http(server: Server) -> None:
+    """All connections get the message, even without a subscription. The answer counts them."""
     async with connected(server) as one, connected(server, "a", "#") as other:
         await until(lambda: post(server, "/broadcast", b"0") == (200, {"reached": 2}), "others to have left")
         await one.heard()
@@ -679,8 +679,8 @@ async def test_broadcast_over_http(server: Server) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"a=1", b"1 2", b"\xff", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'"\\ud800"']
 )
-async def test_what_is_not_json_is_refused_over_http(server: Server, path: str, body: bytes) -> None:
-    """400 and the reason, and nobody gets anything."""
+async def test_bad_json_is_refused_over_http(server: Server, path: str, body: bytes) -> None:
+    """The publisher gets 400 and the reason, and nobody gets a message."""
     async with connected(server, "#") as subscriber:
         status, answer = post(server, path, body)
         assert status == 400
@@ -690,15 +690,15 @@ async def test_what_is_not_json_is_refused_over_http(server: Server, path: str, 
 
 @pytest.mark.parametrize("path", ["", "%23", "a/%2B", "a%00", "a" * 65_000 + "%C3%A9" * 300])
 async def test_a_bad_topic_is_refused_over_http(server: Server, path: str) -> None:
-    """400 and the reason."""
+    """The publisher gets 400 and the reason."""
     status, answer = post(server, f"/publish/{path}", b"1")
     assert status == 400
     assert re.search("1 to 65535 bytes|no wildcards", answer["detail"])
 
 
 @pytest.mark.parametrize("path", ["/publish/a", "/broadcast"])
-async def test_what_is_too_big_is_refused_over_http(server: Server, path: str) -> None:
-    """1 MiB is taken, a byte more is 413, with a length or without."""
+async def test_a_message_over_a_mebibyte_is_refused_over_http(server: Server, path: str) -> None:
+    """The publisher gets 413, with or without a length in the request. 1 MiB is accepted."""
     assert post(server, path, b'"' + b"x" * (MIB - 2) + b'"')[0] == 200
     for headers in ({}, {"transfer_encoding": "chunked"}):
         body = b'"' + b"x" * (MIB - 1) + b'"'
@@ -710,8 +710,8 @@ async def test_what_is_too_big_is_refused_over_http(server: Server, path: str) -
 
 
 @pytest.mark.parametrize("fresh", [program()], indirect=True, ids=["program"])
-async def test_publish_from_the_servers_own_code(fresh: Server) -> None:
-    """Any route can call publish(), which counts. What cannot be published raises, and hurts nobody."""
+async def test_server_code_can_publish(fresh: Server) -> None:
+    """publish() counts the subscribers. It raises for invalid topics and data, and harms nobody."""
     async with connected(fresh, "orders/+", "a") as one, connected(fresh, "orders/7") as other:
         assert post(fresh, "/orders/7", b"") == (200, 2)
         message = {"type": "message", "topic": "orders/7", "data": {"number": 7}, "from": None}
@@ -724,7 +724,7 @@ async def test_publish_from_the_servers_own_code(fresh: Server) -> None:
 
 @pytest.mark.parametrize("fresh", [program()], indirect=True, ids=["program"])
 async def test_server_code_publishes_objects_to_several_topics(fresh: Server) -> None:
-    """A Pydantic model, a dataclass and a datetime become JSON; each topic of a list gets a message."""
+    """A Pydantic model, a dataclass and a datetime become JSON. Each topic gets a message."""
     async with connected(fresh, "a", "b") as one, connected(fresh, "b") as other:
         assert post(fresh, "/objects", b"") == (200, [3, 1])
         reading = {"at": "2026-01-02T00:00:00Z", "value": 1.5}
@@ -734,7 +734,7 @@ async def test_server_code_publishes_objects_to_several_topics(fresh: Server) ->
 
 
 async def test_server_code_subscribes_with_a_callback(noisy: Server) -> None:
-    """It gets each message that matches until its task is cancelled, even if the callback fails."""
+    """It gets each message until its task is cancelled, even if the callback fails."""
     assert post(noisy, "/listen", b"")[0] == 200
     async with connected(noisy) as publisher:
         for topic, payload in (("sensors/1", "fail"), ("other", 0), ("sensors/2", 2), ("alarms", 3)):
@@ -818,20 +818,20 @@ def crew() -> Iterator[Server]:
         check_quiet(server.log)
 
 
-async def test_every_worker_is_reached(crew: Server) -> None:
-    """Whichever worker a connection is on, it gets every message."""
+async def test_a_message_reaches_every_worker(crew: Server) -> None:
+    """A connection gets every message, whichever worker it is on."""
     await check_every_worker_is_reached(crew)
 
 
 @pytest.mark.parametrize("naive", [["--workers", "4"]], indirect=True, ids=["4 workers"])
-async def test_naive_reaches_its_own_worker_only(naive: Server) -> None:
-    """The list of connections is a worker's own: of 4,000 deliveries about a quarter."""
+async def test_the_naive_version_reaches_only_one_worker(naive: Server) -> None:
+    """Each worker has its own list of connections: about a quarter of 4,000 messages arrive."""
     with fails(r"reached: \d+ of \d+ deliveries"):
         await check_every_worker_is_reached(naive, 1 * SLOWNESS)
 
 
-async def test_a_direct_send_crosses_workers(crew: Server) -> None:
-    """An id is good at every worker; so is a list of ids of several workers' connections, and a broadcast."""
+async def test_a_direct_message_crosses_workers(crew: Server) -> None:
+    """So do a list of ids on several workers, and a broadcast."""
     async with AsyncExitStack() as stack:
         members: list[Connection] = []
         while len({member.pid for member in members}) < 2:
@@ -853,7 +853,7 @@ async def test_a_direct_send_crosses_workers(crew: Server) -> None:
 # Redis goes away
 
 
-async def test_redis_killed_and_restarted(pair: list[Server], broker: Redis) -> None:
+async def test_messages_cross_again_when_redis_is_back(pair: list[Server], broker: Redis) -> None:
     """Connections stay, messages stay in their process meanwhile, and for ever; one line says so.
 
     Within two seconds of its return they cross again.
@@ -888,7 +888,9 @@ async def test_redis_killed_and_restarted(pair: list[Server], broker: Redis) -> 
         assert re.match("ERROR: +Redis is gone .*messages stay in their process", line)
 
 
-async def test_redis_that_does_not_answer(pair: list[Server], broker: Redis) -> None:
+async def test_a_redis_that_does_not_answer_delays_no_local_subscriber(
+    pair: list[Server], broker: Redis
+) -> None:
     """As of a machine that cannot be reached: what is published goes on to local subscribers, at once.
 
     Both servers say so, also the one at which nobody publishes, and come back by themselves.
@@ -918,8 +920,8 @@ async def test_redis_that_does_not_answer(pair: list[Server], broker: Redis) -> 
         assert server.log[mark:].count("ERROR") == 1
 
 
-async def test_what_others_say_on_the_channel(pair: list[Server], broker: Redis) -> None:
-    """A line in the log is all that it does."""
+async def test_a_foreign_message_in_redis_is_only_logged(pair: list[Server], broker: Redis) -> None:
+    """Another program published it on the same channel."""
     marks = [len(server.log) for server in pair]
     async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
         with closing(redis.Redis(port=broker.port)) as stranger:
@@ -932,8 +934,8 @@ async def test_what_others_say_on_the_channel(pair: list[Server], broker: Redis)
         assert await here.data() == await there.data() == 1
 
 
-async def test_no_redis_at_the_start() -> None:
-    """It says so in a line, serves who is connected, and finds Redis when it comes."""
+async def test_a_server_without_redis_serves_its_own_clients() -> None:
+    """It says so in a line, and finds Redis when it comes."""
     with closing(Redis()) as broker:
         broker.kill()
         with running(WITH_REDIS, env={"REDIS_URL": broker.url()}) as server:
@@ -1043,7 +1045,7 @@ def p99(seconds: list[float]) -> float:
     [pytest.param(program(BUFFER=BUFFER, WHEN_SLOW=policy), policy, id=policy) for policy in POLICIES],
     indirect=["fresh"],
 )
-async def test_a_slow_subscriber_slows_nobody(fresh: Server, policy: str) -> None:
+async def test_a_slow_subscriber_delays_nobody_else(fresh: Server, policy: str) -> None:
     """One of 100 stops reading: the others get all, in order, as soon as before, and memory is bounded.
 
     When it reads again, it is told what it missed, or why it was disconnected.
@@ -1117,7 +1119,7 @@ async def test_a_subscriber_that_stops_reading_is_disconnected_at_once(fresh: Se
     "fresh", [program(BUFFER=BUFFER, WHEN_SLOW="disconnect", TIMEOUT=0.2)], indirect=True, ids=["program"]
 )
 async def test_a_subscriber_that_never_reads_again_is_disconnected(fresh: Server) -> None:
-    """Its endpoint ends, though the send that it waits for never returns, and nothing is left of it."""
+    """Its endpoint ends, although the send that it waits for never returns."""
     async with connected(fresh) as publisher, AsyncExitStack() as stack:
         alone = inside(fresh)
         slow = await stack.enter_async_context(connected(fresh, "t", sock=narrow(fresh)))
@@ -1149,7 +1151,7 @@ async def test_many_fast_publishers_drop_nothing(fresh: Server) -> None:
 
 
 @pytest.mark.parametrize("fresh", [program(BUFFER=5)], indirect=True, ids=["program"])
-async def test_gaps_are_told_where_they_are(fresh: Server) -> None:
+async def test_a_subscriber_is_told_of_a_gap_where_it_is(fresh: Server) -> None:
     """A subscriber that reads a little now and then is told of each gap where it is: no sooner, no later.
 
     The messages are so large that a `dropped`, too, must wait for room, and more are dropped meanwhile.
@@ -1199,18 +1201,18 @@ async def check_who_stops_reading_stops_nobody(server: Server) -> None:
             publisher.transport.abort()  # the naive server no longer reads what it says
 
 
-async def test_who_stops_reading_stops_nobody(server: Server) -> None:
+async def test_a_subscriber_that_stops_reading_delays_nobody_else(server: Server) -> None:
     await check_who_stops_reading_stops_nobody(server)
 
 
-async def test_naive_stops_with_who_stops_reading(naive: Server) -> None:
-    """The loop over the connections waits for the one whose socket is full."""
+async def test_the_naive_version_waits_for_a_subscriber_that_stops_reading(naive: Server) -> None:
+    """Its loop over the connections waits for the one whose socket is full."""
     with fails(r"stopped after \d{2,3} messages"):
         await check_who_stops_reading_stops_nobody(naive)
 
 
 async def test_a_fast_publisher_drops_nothing(server: Server) -> None:
-    """5,000 small messages sent ahead come to five who read, each, in order."""
+    """Five subscribers that read get 5,000 small messages, in order."""
     count = 5000
     async with AsyncExitStack() as stack:
         publisher = await stack.enter_async_context(connected(server))
@@ -1261,8 +1263,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {  # name -> (frame, what the reason s
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_is_wrong_is_said_and_no_more(server: Server, name: str) -> None:
-    """An `error` with the reason, to who said it; the connection lives, and nobody else hears of it."""
+async def test_a_bad_message_is_only_an_error(server: Server, name: str) -> None:
+    """Its sender gets an `error` with the reason. The connection goes on, and nobody notices."""
     frame, reason = BAD[name]
     async with connected(server, "t") as offender, connected(server, "#") as bystander:
         await offender.websocket.send(frame)
@@ -1275,8 +1277,8 @@ async def test_what_is_wrong_is_said_and_no_more(server: Server, name: str) -> N
         assert [message["data"] for message in await bystander.heard()] == ["after"]
 
 
-async def test_the_largest_message_is_taken(server: Server) -> None:
-    """1 MiB, and a connection that sends more than uvicorn takes, 16 MiB, is closed with 1009."""
+async def test_the_largest_message_is_accepted(server: Server) -> None:
+    """It has 1 MiB. More than uvicorn's 16 MiB closes the connection with 1009."""
     async with connected(server, "t") as one, connected(server, "t") as other:
         start = '{"type":"publish","topic":"t","data":"'
         await one.websocket.send(start + "x" * (MIB - len(start) - 2) + '"}')
@@ -1288,7 +1290,7 @@ async def test_the_largest_message_is_taken(server: Server) -> None:
         assert await other.heard() == []
 
 
-async def test_resets_in_the_middle_of_a_broadcast(server: Server) -> None:
+async def test_resets_in_the_middle_of_a_broadcast_harm_nobody(server: Server) -> None:
     """20 of 50 subscribers reset while 200 messages are published: the others miss none.
 
     The publisher is told nothing, for it is not its fault.
@@ -1343,8 +1345,8 @@ async def test_resets_cost_nobody_a_message(server: Server) -> None:
     await check_resets_cost_nobody_a_message(server)
 
 
-async def test_naive_loses_messages_and_the_publisher_after_a_reset(naive: Server) -> None:
-    """Sending to who left raises an error at who published: that is disconnected, and all 10 lost."""
+async def test_the_naive_version_loses_messages_and_the_publisher_after_a_reset(naive: Server) -> None:
+    """To send to a departed subscriber raises an error in the endpoint of the publisher."""
     with fails("lost: 10 of 10 messages; the publisher's close code: 1006"):
         await check_resets_cost_nobody_a_message(naive)
 
@@ -1355,25 +1357,25 @@ async def test_naive_loses_messages_and_the_publisher_after_a_reset(naive: Serve
 @pytest.mark.parametrize("path", ["/ws", "/ws?topic=t"])
 @pytest.mark.parametrize("origin", [FOREIGN, "null", "http://127.0.0.1"])
 async def test_a_foreign_page_gets_no_websocket(server: Server, path: str, origin: str) -> None:
-    """403, and a line in the log."""
+    """It gets 403, and the log gets a line."""
     await check_foreign_page_is_refused(server, path, origin)
 
 
-async def test_naive_lets_any_page_in(naive: Server) -> None:
+async def test_the_naive_version_lets_any_page_in(naive: Server) -> None:
     with fails(f"{FOREIGN} was let in"):
         await check_foreign_page_is_refused(naive, "/ws", FOREIGN)
 
 
 @pytest.mark.parametrize("path", ["/publish/t", "/broadcast"])
 async def test_a_foreign_page_cannot_publish(server: Server, path: str) -> None:
-    """403, and nobody gets anything: such a POST needs no permission from the browser's side."""
+    """It gets 403, and nobody gets a message. A browser asks nobody before such a POST."""
     async with connected(server, "t") as subscriber:
         assert post(server, path, b"1", origin=FOREIGN, content_type="text/plain")[0] == 403
         assert await subscriber.heard() == []
 
 
 async def test_the_servers_own_page_is_let_in(server: Server) -> None:
-    """Over a websocket and over HTTP, behind TLS too."""
+    """This holds for websockets and HTTP, also behind TLS."""
     for scheme in ("http", "https"):
         origin = server.url("", scheme)
         async with connected(server, "t", origin=origin) as subscriber:
@@ -1381,8 +1383,8 @@ async def test_the_servers_own_page_is_let_in(server: Server) -> None:
             assert await subscriber.data() == 1
 
 
-async def test_the_page(server: Server) -> None:
-    """GET / is a page, with a policy by which what others wrote in it cannot run."""
+async def test_the_page_has_a_policy(server: Server) -> None:
+    """GET / serves a page in which text from others cannot run as code."""
     with closing(HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)) as connection:
         connection.request("GET", "/")
         response = connection.getresponse()
@@ -1419,8 +1421,8 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_it_ends_while_nothing_happens(fresh: Server, number: signal.Signals) -> None:
-    """Within a second, with 100 subscribers; all are told with 1012."""
+async def test_ctrl_c_ends_an_idle_server(fresh: Server, number: signal.Signals) -> None:
+    """It ends within a second. All 100 subscribers are closed with 1012."""
     async with AsyncExitStack() as stack:
         members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(100)]
         await check_ends(fresh, number, 1, [member.websocket for member in members])
@@ -1429,8 +1431,8 @@ async def test_it_ends_while_nothing_happens(fresh: Server, number: signal.Signa
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> None:
-    """Within a second, while a publisher sends all the time to 20 subscribers; these are told with 1012."""
+async def test_ctrl_c_ends_the_server_while_messages_flow(fresh: Server, number: signal.Signals) -> None:
+    """It ends within a second. All 20 subscribers are closed with 1012."""
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         publisher = await stack.enter_async_context(connected(fresh))
         members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(20)]
@@ -1452,8 +1454,10 @@ async def test_it_ends_in_full_flow(fresh: Server, number: signal.Signals) -> No
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_it_ends_while_a_subscriber_does_not_read(fresh: Server, number: signal.Signals) -> None:
-    """A second later, after --timeout-graceful-shutdown; the others are told with 1012."""
+async def test_ctrl_c_ends_the_server_although_a_subscriber_does_not_read(
+    fresh: Server, number: signal.Signals
+) -> None:
+    """It ends after --timeout-graceful-shutdown. The others are closed with 1012."""
     async with connected(fresh, "t") as reader, connected(fresh, "t", sock=narrow(fresh)) as slow:
         slow.websocket.transport.pause_reading()
         for payload in payloads(range(500), 10_000):

@@ -88,8 +88,8 @@ async def fake(
 # The module
 
 
-async def test_callbacks_get_messages(server: Server, client: PubSubClient, topics: str) -> None:
-    """Sync and async, several for a filter, and filters that overlap: each is called once, in order."""
+async def test_callbacks_get_messages_in_order(server: Server, client: PubSubClient, topics: str) -> None:
+    """They may be sync or async, and filters may overlap. Each gets a message once."""
     first: list[Message] = []
     second: list[Message] = []
     others: list[Message] = []
@@ -118,10 +118,10 @@ async def test_callbacks_get_messages(server: Server, client: PubSubClient, topi
     assert others == [last]
 
 
-async def test_what_a_callback_raises_is_logged(
+async def test_an_error_in_a_callback_is_logged(
     client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It does not keep the message from the next callback, nor the next message, nor end the connection."""
+    """The next callback still gets the message, and the connection goes on."""
     got: list[Message] = []
     await client.wait_until_ready()
     name = client.id
@@ -144,7 +144,7 @@ async def test_what_a_callback_raises_is_logged(
 
 
 async def test_a_callback_may_use_the_client(client: PubSubClient, topics: str) -> None:
-    """Also in tasks of its own, and for what it gets itself: nothing waits for what only it could read."""
+    """It may also do so in tasks of its own. Nothing waits for a message that only it can read."""
     got: list[Any] = []
 
     async def on_message(message: Message) -> None:
@@ -159,8 +159,10 @@ async def test_a_callback_may_use_the_client(client: PubSubClient, topics: str) 
     await until(lambda: got == [0, 1], "its own message")
 
 
-async def test_a_slow_callback(server: Server, topics: str, caplog: pytest.LogCaptureFixture) -> None:
-    """While it runs, the server drops messages for this client, and it is logged how many."""
+async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
+    server: Server, topics: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it runs, the server drops messages for this client."""
     go_on = asyncio.Event()
     got: list[int] = []
 
@@ -187,10 +189,10 @@ async def test_a_slow_callback(server: Server, topics: str, caplog: pytest.LogCa
     assert sum(int(match[1]) for match in dropped if match) == 4000 - len(got) > 0
 
 
-async def test_what_the_server_does_not_take(
+async def test_a_refused_message_is_an_error(
     client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is not JSON is a ValueError; of the rest, its reason goes to on_error, which logs it."""
+    """Bad JSON raises ValueError. Other reasons go to on_error, which logs them."""
     with pytest.raises(ValueError, match="Out of range"):
         await client.publish(topics, float("nan"))
     for wrong in ("", "a/#/b", "a#", "#/a", "a/+b", "++"):
@@ -218,8 +220,8 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-async def test_a_subscription_is_there_when_subscribe_returns(server: Server, topics: str) -> None:
-    """What another connection publishes from then on comes, time and again; also from within a callback."""
+async def test_a_subscription_holds_when_subscribe_returns(server: Server, topics: str) -> None:
+    """Another connection publishes from then on. This holds within a callback, too."""
     got: list[Any] = []
     async with PubSubClient(server.url("/ws")) as client, PubSubClient(server.url("/ws")) as other:
 
@@ -236,8 +238,8 @@ async def test_a_subscription_is_there_when_subscribe_returns(server: Server, to
     assert got == [*range(20), "further"]
 
 
-async def test_a_list_of_topics(client: PubSubClient, topics: str) -> None:
-    """One call subscribes to all of them, one unsubscribes; a message that many match comes once."""
+async def test_a_call_may_have_a_list_of_topics(client: PubSubClient, topics: str) -> None:
+    """A message that several of them match comes once."""
     got: list[Any] = []
     names = [f"{topics}/{number}" for number in range(300)]
     await client.subscribe([*names, f"{topics}/#"], lambda message: got.append(message["data"]))
@@ -253,8 +255,8 @@ async def test_a_list_of_topics(client: PubSubClient, topics: str) -> None:
         await client.subscribe(["good", "#/bad"], print)
 
 
-async def test_unsubscribe(client: PubSubClient, topics: str) -> None:
-    """All callbacks of the filter are called no more, those of others are."""
+async def test_unsubscribe_ends_all_callbacks_of_the_filter(client: PubSubClient, topics: str) -> None:
+    """Callbacks of other filters go on."""
     got: list[tuple[str, Any]] = []
     await client.subscribe(f"{topics}/+", lambda message: got.append(("+", message["data"])))
     await client.subscribe(f"{topics}/+", lambda message: got.append(("+ too", message["data"])))
@@ -271,8 +273,10 @@ async def test_unsubscribe(client: PubSubClient, topics: str) -> None:
     assert got == [("+", 1), ("+ too", 1), ("#", 1), ("#", 2)]
 
 
-async def test_send(server: Server, client: PubSubClient, topics: str) -> None:
-    """What is sent to a connection's id goes to its on_direct: the way to answer a message."""
+async def test_send_reaches_on_direct_of_a_connection(
+    server: Server, client: PubSubClient, topics: str
+) -> None:
+    """This is how to answer a message."""
     direct: list[Message] = []
     await client.subscribe(topics, lambda message: client.send(message["from"], message["data"] + 1))
     await confirm(client, client)
@@ -286,8 +290,8 @@ async def test_send(server: Server, client: PubSubClient, topics: str) -> None:
         await client.send(client.id, "nobody listens")
 
 
-async def test_it_connects_and_subscribes_again(caplog: pytest.LogCaptureFixture) -> None:
-    """When the server comes back, it subscribes to all filters again; what is asked meanwhile waits."""
+async def test_the_client_connects_and_subscribes_again(caplog: pytest.LogCaptureFixture) -> None:
+    """When the server is back, it subscribes to all filters. Calls meanwhile wait."""
     got: list[Any] = []
 
     def on_message(message: Message) -> None:
@@ -316,8 +320,8 @@ async def test_it_connects_and_subscribes_again(caplog: pytest.LogCaptureFixture
                 assert logged(caplog) == ["closed with 1006: the server went away; connecting again"]
 
 
-async def test_a_policy_ends_it() -> None:
-    """Closed with 1008, it does not come back, and whoever waits or asks is told."""
+async def test_close_code_1008_ends_the_client() -> None:
+    """It does not reconnect. Everything that waits for it gets an error."""
 
     async def refuse(websocket: ServerConnection) -> None:
         await websocket.recv()
@@ -332,8 +336,8 @@ async def test_a_policy_ends_it() -> None:
         assert len(requests) == 1
 
 
-async def test_the_token() -> None:
-    """It goes with each connection; where the server takes it no more, that is the end."""
+async def test_the_token_goes_with_each_connection() -> None:
+    """When the server no longer accepts it, the client ends."""
     taken = 0
 
     def check(_: ServerConnection, request: Request) -> Response | None:
@@ -359,16 +363,15 @@ async def test_the_token() -> None:
     assert taken == 4
 
 
-async def test_no_such_server() -> None:
-    """Where there is no server at the start, that is an error at once."""
+async def test_an_address_without_a_server_is_an_error_at_once() -> None:
     async with PubSubClient(f"ws://127.0.0.1:{free_port()}/ws") as client:
         with pytest.raises(ConnectionRefusedError):
             await client.publish("a", 1)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_it_leaves_nothing_behind(server: Server, topics: str) -> None:
-    """At the end its task is over, also in a callback, and what the body raises comes through."""
+async def test_the_client_leaves_no_task_behind(server: Server, topics: str) -> None:
+    """This holds inside a callback, too. An error in the body of `async with` is raised."""
     started = asyncio.Event()
 
     async def never(message: Message) -> None:
@@ -384,8 +387,8 @@ async def test_it_leaves_nothing_behind(server: Server, topics: str) -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_junk(caplog: pytest.LogCaptureFixture) -> None:
-    """What the server may say in another version is passed over."""
+async def test_unknown_messages_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    """Another version of the server may send them."""
     got: list[Message] = []
 
     async def handle(websocket: ServerConnection) -> None:
@@ -458,8 +461,8 @@ async def shown(process: Process) -> str:
     return text
 
 
-async def test_the_command(server: Server, topics: str) -> None:
-    """What one publishes, a value or lines, the other prints, as it came, until Ctrl+C."""
+async def test_one_command_publishes_and_another_one_prints(server: Server, topics: str) -> None:
+    """They take a value or lines, unchanged, until Ctrl+C."""
     url = ("--url", server.url("/ws"))
     async with script("subscribe", f"{topics}/#", f"{topics}/+", *url) as subscriber:
         assert re.fullmatch(r"connected as \w+ to process \d+ on \S+\n", await line(subscriber.stderr))
@@ -485,8 +488,8 @@ async def test_the_command(server: Server, topics: str) -> None:
         assert subscriber.returncode == 130
 
 
-async def test_the_command_outlives_the_server(topics: str) -> None:
-    """Both wait for it and go on; Ctrl+C ends them also while they wait for a line, or for the server."""
+async def test_the_commands_wait_for_the_server_and_go_on(topics: str) -> None:
+    """Ctrl+C ends them while they wait for a line or for the server."""
     with running(COMMAND) as server:
         url = ("--url", server.url("/ws"))
         async with (
@@ -520,8 +523,10 @@ async def test_the_command_outlives_the_server(topics: str) -> None:
             assert subscriber.returncode == 130
 
 
-async def test_broken_pipe(client: PubSubClient, server: Server, topics: str) -> None:
-    """When its reader leaves, as `head -1` does, the subscriber ends with the next message, quietly."""
+async def test_the_subscriber_ends_quietly_if_its_output_closes(
+    client: PubSubClient, server: Server, topics: str
+) -> None:
+    """It ends with the next message, as with `| head -1`."""
     reader, writer = os.pipe()
     async with script("subscribe", topics, "--url", server.url("/ws"), stdout=writer) as subscriber:
         os.close(writer)
@@ -552,14 +557,14 @@ async def test_broken_pipe(client: PubSubClient, server: Server, topics: str) ->
         (("publish", "a", "1", "--url", "ws://a:99999"), "", "ws://a:99999: Port out of range.*"),
     ],
 )
-def test_errors_of_the_command(
+def test_each_error_of_the_command_is_one_clear_line(
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
     args: tuple[str, ...],
     stdin: str | bytes,
     expected: str,
 ) -> None:
-    """Each is one clear line, and the exit code is 1."""
+    """The exit code is 1."""
     urls = {"{nobody}": f"ws://127.0.0.1:{free_port()}/ws", "{nothing}": server.url("/nothing")}
     for name, url in urls.items():
         args = tuple(arg.replace(name, url) for arg in args)
@@ -574,7 +579,7 @@ def test_errors_of_the_command(
 
 
 async def test_a_proxy_is_used_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY is ignored for 127.0.0.1, as all other tests show, and used for any other host."""
+    """HTTP_PROXY is used for other hosts. All other tests show that it is ignored for 127.0.0.1."""
     async with recording_proxy() as (proxy, requests):
         monkeypatch.setenv("HTTP_PROXY", proxy)
         monkeypatch.setenv("HTTPS_PROXY", proxy)

@@ -212,15 +212,14 @@ def play(blocks: list[str], place: int | None) -> None:
         for heading, blocks in scenarios(path)
     ],
 )
-def test_console(blocks: list[str]) -> None:
-    """The commands of a section print what it shows."""
+def test_the_commands_of_a_section_print_what_it_shows(blocks: list[str]) -> None:
     with alone() as place:
         play(blocks, place)
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_python(path: Path) -> None:
-    """Each excerpt stands in one of the files, word for word; a program prints what is shown below it."""
+def test_excerpts_are_in_the_files_word_for_word(path: Path) -> None:
+    """A program prints the output that is shown below it."""
     folders = path.parent, ROOT, NAIVE, ROOT / "steps", ROOT / "tests" / "examples"
     files = [file.read_text() for folder in folders for file in folder.glob("*.py")]
     blocks = re.findall(
@@ -234,14 +233,14 @@ def test_python(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_diff(path: Path) -> None:
-    """Each diff is the one of the two files that it names. `python -m tests.diffs` writes it."""
+def test_a_diff_is_that_of_its_two_files(path: Path) -> None:
+    """`python -m tests.diffs` writes it."""
     page = path.read_text()
     assert refreshed(page) == page
     assert page.count("```diff\n") == len(BLOCK.findall(page)), "a diff that names no two files"
 
 
-def test_first_command(tmp_path: Path) -> None:
+def test_the_first_command_sets_up_and_starts_the_server(tmp_path: Path) -> None:
     """The first command sets up and starts the server in a fresh copy; lines in are lines out.
 
     The packages come from the network, so the set-up is run here; the server and its clients are run where

@@ -179,7 +179,7 @@ def crew(impatient: list[str], crew_stream: Stream) -> Iterator[Server]:
 
 
 async def test_payloads_go_from_any_server_to_any(pair: list[Server]) -> None:
-    """What either server is sent comes out at either, in the order of the receipts."""
+    """Payloads come out of either server in the order of their receipts."""
     one, other = pair
     async with consumer(other) as taker:
         for _ in range(3):
@@ -192,8 +192,8 @@ async def test_payloads_go_from_any_server_to_any(pair: list[Server]) -> None:
     assert await drain(one) == payloads
 
 
-async def test_what_a_departed_consumer_had_goes_at_once_to_another_server(pair: list[Server]) -> None:
-    """A consumer that waits at another server has it within half a second, in order."""
+async def test_payloads_of_a_departed_consumer_go_to_another_server_at_once(pair: list[Server]) -> None:
+    """A consumer that waits at another server has them within half a second, in order."""
     one, other = pair
     payloads = [str(number) for number in range(5)]
     async with client(one, CONSUMER + "?prefetch=5") as holder:
@@ -206,8 +206,8 @@ async def test_what_a_departed_consumer_had_goes_at_once_to_another_server(pair:
                 assert await taker.payloads(5) == payloads
 
 
-async def test_what_comes_back_goes_before_newer_payloads(pair: list[Server]) -> None:
-    """Another server's consumer, busy when five payloads come back, then gets these before all newer ones."""
+async def test_returned_payloads_go_before_newer_ones(pair: list[Server]) -> None:
+    """Another server's consumer is busy when they come back. It gets them next."""
     one, other = pair
     payloads = [str(number) for number in range(10)]
     async with client(one, CONSUMER + "?prefetch=5") as holder:
@@ -225,8 +225,8 @@ async def test_what_comes_back_goes_before_newer_payloads(pair: list[Server]) ->
     assert order == ["5", *payloads[:5], *payloads[6:]]
 
 
-async def test_a_server_that_ends_gives_back_what_it_had(pair: list[Server], stream: Stream) -> None:
-    """What its consumer had comes at once, and first, at another server; Redis forgets the worker."""
+async def test_a_server_that_ends_gives_back_its_payloads(pair: list[Server], stream: Stream) -> None:
+    """They come first, at another server, at once. Redis forgets the worker."""
     payloads = [str(number) for number in range(10)]
     before = stream.workers()
     with running(COMMAND, env={"REDIS_URL": stream.url}) as leaver:
@@ -240,10 +240,10 @@ async def test_a_server_that_ends_gives_back_what_it_had(pair: list[Server], str
         assert await drain(pair[0]) == payloads
 
 
-async def test_what_is_on_its_way_to_a_consumer_that_leaves_comes_back(
+async def test_payloads_on_their_way_to_a_departed_consumer_come_back(
     pair: list[Server], broker: Redis, stream: Stream
 ) -> None:
-    """Payloads that Redis hands over when their consumer has left already go to the next."""
+    """Redis hands them over when their consumer has left. They go to the next one."""
     payloads = [str(number) for number in range(5)]
     await produce(pair[0], payloads)
     await until(lambda: not stream.is_watched(), "the workers to have nothing to do")
@@ -258,8 +258,8 @@ async def test_what_is_on_its_way_to_a_consumer_that_leaves_comes_back(
         assert await taker.payloads(5) == payloads
 
 
-async def test_what_is_settled_is_gone(pair: list[Server], stream: Stream) -> None:
-    """After the last acknowledgement Redis has no payload, and nothing that a worker has yet to settle."""
+async def test_acknowledged_payloads_are_gone(pair: list[Server], stream: Stream) -> None:
+    """After the last acknowledgement, Redis has no payload, and no unacknowledged entry."""
     payloads = [str(number) for number in range(300)]
     async with consumer(pair[0], prefetch=10) as here, consumer(pair[1]) as there:
         taking = [asyncio.create_task(taker.payloads(300)) for taker in (here, there)]
@@ -273,7 +273,7 @@ async def test_what_is_settled_is_gone(pair: list[Server], stream: Stream) -> No
 async def test_a_receipt_says_that_redis_has_the_payload(
     pair: list[Server], broker: Redis, stream: Stream
 ) -> None:
-    """With each receipt the payload is in the stream; while Redis answers nothing there is no receipt."""
+    """With the receipt, the payload is in the stream. While Redis hangs, there is no receipt."""
     async with client(pair[0], PRODUCER) as producer:
         for number in range(1, 21):
             await producer.send(str(number))
@@ -292,7 +292,7 @@ async def test_a_receipt_says_that_redis_has_the_payload(
 
 
 async def test_capacity_is_for_all_servers_together(pair: list[Server], stream: Stream) -> None:
-    """Two floods, at two servers: never do more than CAPACITY payloads wait, and both producers get 1013."""
+    """With floods at two servers, at most CAPACITY payloads wait. Both producers get 1013."""
     payloads = [str(number) for number in range(5000)]
     most = 0
     async with client(pair[0], PRODUCER) as one, client(pair[1], PRODUCER) as other:
@@ -310,8 +310,8 @@ async def test_capacity_is_for_all_servers_together(pair: list[Server], stream: 
     assert sorted(received) == sorted(payloads[: echoed[0]] + payloads[: echoed[1]])
 
 
-async def test_thousand_parked_consumers(broker: Redis) -> None:
-    """They need three connections to Redis and no CPU, and each gets its payload."""
+async def test_a_thousand_waiting_consumers_cost_three_connections(broker: Redis) -> None:
+    """They use no CPU, and each gets its payload."""
     stream = Stream(broker.url())
     with closing(stream.client), running(COMMAND, env={"REDIS_URL": stream.url}) as server:
         parked = park(server, 1000)
@@ -343,8 +343,8 @@ def park(server: Server, count: int) -> list[socket.socket]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_redis_at_the_start(count: int) -> None:
-    """All workers end, and one says in a line where it looked and what to start; no password is logged."""
+def test_a_server_without_redis_ends_with_one_line(count: int) -> None:
+    """All workers end. The line says where Redis should be, without a password."""
     address = f"127.0.0.1:{free_port()}/0"
     command = with_options(COMMAND, "--workers", str(count))
     server = Server(command, env={"REDIS_URL": f"redis://somebody:s3cret@{address}?password=s3cret"})
@@ -364,7 +364,9 @@ def test_no_redis_at_the_start(count: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped", "emptied"])
-async def test_redis_goes_and_comes_back(pair: list[Server], broker: Redis, stream: Stream, how: str) -> None:
+async def test_the_server_goes_on_when_redis_is_back(
+    pair: list[Server], broker: Redis, stream: Stream, how: str
+) -> None:
     """Producers get 1013, consumers wait; then all goes on, with a line for each of the two in the log.
 
     What consumers acknowledged meanwhile is settled then, and what those had that left goes to others.
@@ -416,7 +418,7 @@ async def test_redis_goes_and_comes_back(pair: list[Server], broker: Redis, stre
             ], log
 
 
-async def test_what_redis_hands_over_too_late_is_not_held_back(pair: list[Server], broker: Redis) -> None:
+async def test_a_payload_that_redis_hands_over_late_is_delivered(pair: list[Server], broker: Redis) -> None:
     """A worker asks for a payload. Redis answers, but so late that the worker no longer waits.
 
     Its consumer gets the payload all the same, and not only after CLAIM_AFTER, as that of a worker that died.
@@ -438,8 +440,8 @@ async def test_what_redis_hands_over_too_late_is_not_held_back(pair: list[Server
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_ctrl_c_while_redis_is_gone(broker: Redis, how: str) -> None:
-    """The server ends all the same, and without a traceback, though a producer waits for its receipt."""
+async def test_ctrl_c_ends_the_server_while_redis_is_gone(broker: Redis, how: str) -> None:
+    """It prints no traceback, although a producer waits for a receipt."""
     with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
         async with consumer(server), client(server, PRODUCER), client(server, PRODUCER) as producer:
             lose(broker, how)
@@ -455,10 +457,10 @@ async def test_ctrl_c_while_redis_is_gone(broker: Redis, how: str) -> None:
         assert "Traceback" not in server.log
 
 
-async def test_what_is_on_its_way_to_a_server_that_ends_comes_back(
+async def test_payloads_on_their_way_to_a_server_that_ends_come_back(
     crew: Server, crew_stream: Stream, impatient: list[str], broker: Redis
 ) -> None:
-    """Payloads that Redis hands over to a server that is ending go to another one's consumer."""
+    """They go to a consumer of another server."""
     payloads = [str(number) for number in range(5)]
     await produce(crew, payloads)
     with running(impatient, env={"REDIS_URL": crew_stream.url}) as leaver:
@@ -498,7 +500,7 @@ async def elsewhere(server: Server, stack: AsyncExitStack, avoided: psutil.Proce
 
 
 async def test_a_killed_workers_payloads_are_claimed(crew: Server, crew_stream: Stream) -> None:
-    """After CLAIM_AFTER they go to another worker's consumer; what a living worker's has, it keeps."""
+    """After CLAIM_AFTER, they go to another worker. A living worker keeps its own."""
     payloads = [str(number) for number in range(6)]
     async with AsyncExitStack() as stack:
         holder = await stack.enter_async_context(client(crew, CONSUMER + "?prefetch=3"))
@@ -597,8 +599,8 @@ def proxy(shared: list[Server], tmp_path: Path) -> Iterator[Server]:
 
 
 @needs_nginx
-async def test_nginx_in_front(proxy: Server, pair: list[Server], stream: Stream) -> None:
-    """Pages and payloads pass; a page may connect that came through it; an idle consumer stays connected."""
+async def test_the_queue_works_behind_nginx(proxy: Server, pair: list[Server], stream: Stream) -> None:
+    """Pages and payloads pass. A page from there may connect. An idle consumer stays connected."""
     marks = [len(server.log) for server in pair]
     status, content_type, page = proxy.get("/")
     assert (status, content_type) == (200, "text/html; charset=utf-8")

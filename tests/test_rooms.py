@@ -116,7 +116,7 @@ async def test_a_room_with_a_payload_stays(server: Server) -> None:
 
 
 async def test_a_room_too_many_is_refused_until_one_is_dropped() -> None:
-    """It gets 1013. The rooms that exist go on."""
+    """The connection gets 1013. The existing rooms go on."""
     with running(with_constants("lessons.rooms_server", MAX_ROOMS=2)) as server:
         async with client(server, "/ws/a/consumer") as first, client(server, "/ws/b/producer") as second:
             for end in ("producer", "consumer"):
@@ -165,7 +165,7 @@ async def test_full_rooms_delay_no_other_room() -> None:
         assert "Traceback" not in server.log
 
 
-async def test_server_code_takes_part() -> None:
+async def test_server_code_can_produce_and_consume() -> None:
     """A task consumes one room and produces in another. If it fails on a payload, the payload goes back."""
     with running(uvicorn_command("tests.examples.rooms:app")) as server:
         async with (

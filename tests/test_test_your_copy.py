@@ -26,13 +26,13 @@ def run(app: str, folder: Path) -> tuple[int, set[str], str]:
     return done.returncode, set(re.findall(r"^(?:FAILED|ERROR) \S*::(\w+)", done.stdout, re.M)), done.stdout
 
 
-def test_server_py_passes(tmp_path: Path) -> None:
+def test_server_py_passes_the_copied_tests(tmp_path: Path) -> None:
     code, failed, output = run("server:app", tmp_path)
     assert (code, failed) == (0, set()), output
     assert f"{len(TESTS)} passed" in output
 
 
-def test_what_tutorials_show_fails(tmp_path: Path) -> None:
+def test_the_server_of_tutorials_fails_the_copied_tests(tmp_path: Path) -> None:
     code, failed, output = run("steps.step0_naive:app", tmp_path)
     assert (code, failed) == (1, set(TESTS)), output
 

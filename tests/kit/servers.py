@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 class Yours(list[str]):
-    """The command that starts a reader's own server (--server), or for one that runs already, its URL."""
+    """The command that starts the server of --server, or the URL of one that runs already."""
 
     def __init__(
         self, command: list[str], folder: Path, producer_path: str, consumer_path: str, port: int | None
@@ -95,7 +95,7 @@ class Server:
         return self._logged
 
     def wait_ready(self) -> None:
-        """Return once it accepts connections; raise AssertionError with its log where it never does."""
+        """Return once it accepts connections. Raise AssertionError with its log if it never does."""
 
         def accepts() -> bool:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
@@ -108,7 +108,7 @@ class Server:
         wait_for(accepts, "the server to accept connections")
 
     def get(self, path: str) -> tuple[int, str, str]:
-        """Status, content type and body of a page."""
+        """Return status, content type and body of a page."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         try:
             connection.request("GET", path)
@@ -159,11 +159,11 @@ class Server:
 
     @cached_property
     def acks(self) -> bool:
-        """Whether its consumers acknowledge payloads. A server without /stats knows nothing of that."""
+        """Whether its consumers acknowledge payloads. Without /stats, they do not."""
         return self.has_stats and bool(self.stats()["acks"])
 
     def processes(self) -> list[psutil.Process]:
-        """Its process and all that came of it, also those whose parent has ended."""
+        """Return its process and all that it started, even those whose parent has ended."""
         family = []
         for pid in psutil.pids():
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -178,7 +178,7 @@ class Server:
         return sum(process.memory_info().rss for process in self.processes())
 
     def connections(self) -> set[int]:
-        """The other ends' ports of the TCP connections that it holds, of those too that have left."""
+        """Return the ports of the clients whose connections it holds, even if they have left."""
         # As `ss` asks the kernel (sock_diag(7)); /proc/net/tcp, with all that time out, takes 20 ms to read.
         states = 0xFFF ^ 1 << 6 ^ 1 << 10  # all but those that time out, and those that listen
         request = struct.pack("=BBxxI", socket.AF_INET, socket.IPPROTO_TCP, states)
@@ -212,7 +212,7 @@ class Server:
             self.process.send_signal(number)
 
     def ends_within(self, seconds: float) -> float | None:
-        """How long it took to end, in seconds, or None where it did not within `seconds`."""
+        """Return how many seconds it took to end, or None if it did not end in time."""
         start = time.monotonic()
         try:
             self.process.wait(seconds * SLOWNESS)
@@ -262,6 +262,7 @@ class Running(Server):
 def running(
     command: list[str], port: int | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Server]:
+    """Start a server, wait until it accepts connections, and kill it in the end."""
     if isinstance(command, Yours) and command.port:
         server: Server = Running(command)
     else:
@@ -274,7 +275,7 @@ def running(
 
 
 def busy(server: Server, seconds: float) -> float:
-    """The share of one core that the server uses."""
+    """Return the share of one core that the server uses."""
 
     def used() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in server.processes())

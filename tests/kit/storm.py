@@ -15,7 +15,7 @@ from tests.kit.waiting import TIMEOUT, until
 
 
 class Storm:
-    """Producers and consumers at two servers, and what came of it."""
+    """Producers and consumers at two servers, and which payloads were echoed and received."""
 
     def __init__(self, servers: list[Server]) -> None:
         self.servers = servers
@@ -27,7 +27,7 @@ class Storm:
         self.ended: list[Script] = []
 
     def received(self) -> list[str]:
-        """What consumers have printed: each payload is, before it is acknowledged."""
+        """Return what the consumers have printed. They print a payload before they acknowledge it."""
         return [line for script in (*self.ended, *self.consumers) for line in script.lines]
 
     def revive(self) -> None:
@@ -38,7 +38,7 @@ class Storm:
                 self.consumers[slot] = Script(self.urls[slot], "--ack")
 
     async def produce(self, start: int) -> None:
-        """Send until the end. What was not echoed is sent again, to the other server."""
+        """Send until the end. Payloads that were not echoed are sent again, to the other server."""
         unechoed: deque[str] = deque()
         for turn in itertools.count(start):
             with suppress(ConnectionClosed, InvalidHandshake, OSError, EOFError):
@@ -56,7 +56,7 @@ class Storm:
             await asyncio.sleep(0.05)
 
     async def flow(self) -> None:
-        """Wait until payloads come and go."""
+        """Wait until 100 more payloads were echoed, and 100 more received."""
         echoed, received = len(self.echoed), len(self.received())
 
         def flows() -> bool:

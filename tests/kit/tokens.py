@@ -18,7 +18,7 @@ KEY = "the tests' own secret key, with more than 32 bytes"
 
 
 def token(scope: Any = "produce consume", lasts: float = 3600, key: str = KEY, **claims: Any) -> str:
-    """One that the server would give, or almost: a claim that is None is left out."""
+    """Return a token like those of the server, with these claims. A claim that is None is left out."""
     claims = {"sub": "alice", "exp": math.ceil(time.time() + lasts), "scope": scope, **claims}
     present = {name: value for name, value in claims.items() if value is not None}
     return jwt.api_jws.encode(json.dumps(present).encode(), key, "HS256")  # jwt.encode() would refuse some
@@ -35,7 +35,7 @@ def pair(*texts: str) -> dict[str, Any]:
 def request(
     server: Server, path: str, form: dict[str, str] | None = None, source: str = "127.0.0.1", bearer: str = ""
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, headers and JSON of an answer. Each `source` in 127.0.0.0/8 is an address of this machine."""
+    """Return status, headers and JSON of an answer. Every `source` in 127.0.0.0/8 is this machine."""
     headers = {"Content-Type": "application/x-www-form-urlencoded"} if form else {}
     if bearer:
         headers["Authorization"] = f"bearer {bearer}"

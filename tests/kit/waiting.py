@@ -17,7 +17,10 @@ PAUSES = [0.005, 0.01, 0.02]  # seconds between the first looks at a condition
 def wait_for(
     condition: Callable[[], bool], what: str, timeout: float = TIMEOUT, longest: float = 0.04
 ) -> None:
-    """Wait until the condition holds, looking every `longest` s or sooner. AssertionError after `timeout`."""
+    """Wait until the condition holds. Raise AssertionError after `timeout` seconds.
+
+    A pause between two looks at the condition is at most `longest` seconds.
+    """
     deadline, pauses = time.monotonic() + timeout, itertools.chain(PAUSES, itertools.repeat(longest))
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain for {what}"
@@ -25,7 +28,7 @@ def wait_for(
 
 
 async def until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:  # noqa: ASYNC109
-    """wait_for(), without stopping the loop."""
+    """Do the same as wait_for(), without blocking the event loop."""
     deadline, pauses = time.monotonic() + timeout, itertools.chain(PAUSES, itertools.repeat(0.04))
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain for {what}"

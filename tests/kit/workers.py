@@ -8,11 +8,12 @@ from tests.kit.servers import Server
 
 
 def serving(server: Server) -> int:
-    """How many workers have started, those included that were killed since."""
+    """Return how many workers have started, including those that were killed since."""
     return server.log.count("Application startup complete")
 
 
 def workers(server: Server) -> list[psutil.Process]:
+    """Return the worker processes that run now."""
     return [process for process in server.processes() if "spawn_main" in " ".join(process.cmdline())]
 
 

@@ -81,7 +81,7 @@ def run(*command: str) -> None:
 
 
 class Cable:
-    """A network with Redis, at the other end of a cable that can be pulled. Pulled, it drops all packets."""
+    """A second network, at the other end of a cable that can be pulled. Pulled, it drops all packets."""
 
     def __init__(self) -> None:
         run(sys.executable, "-c", LOOPBACK_UP)
@@ -94,14 +94,19 @@ class Cable:
         run("ip", "link", "set", "here", "up")
         self.there("ip", "address", "add", "10.9.0.2/24", "dev", "there")
         self.plug()
+        self.processes = [self.holder]
+
+    def place(self) -> list[str]:
+        """Return the words that go before a command, so that it runs at the other end."""
+        return [*OTHER_NETWORK, str(self.holder.pid)]
 
     def there(self, *command: str) -> None:
-        run(*OTHER_NETWORK, str(self.holder.pid), *command)
+        run(*self.place(), *command)
 
     def start_redis(self, folder: str) -> None:
         options = ["--bind", "10.9.0.2", "--protected-mode", "no", "--save", "", "--dir", folder]
-        command = [*OTHER_NETWORK, str(self.holder.pid), redis_executable(), *options]
-        self.redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        command = [*self.place(), redis_executable(), *options]
+        self.processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
 
     def plug(self) -> None:
         self.there("ip", "link", "set", "there", "up")
@@ -110,7 +115,7 @@ class Cable:
         self.there("ip", "link", "set", "there", "down")
 
     def close(self) -> None:
-        for process in (self.redis, self.holder):
+        for process in reversed(self.processes):
             process.kill()
             process.wait()
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import IO
 
@@ -32,13 +32,21 @@ class Script:
     """A client script that runs, and what it has printed so far."""
 
     def __init__(
-        self, url: str, *options: str, stdin: int | IO[bytes] = subprocess.DEVNULL, piped: bool = False
+        self,
+        url: str,
+        *options: str,
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
+        piped: bool = False,
+        place: Sequence[str] = (),
     ) -> None:
-        """Start the client for the path in the URL. Its output goes to a file or, if `piped`, to a pipe."""
+        """Start the client for the path in the URL. Its output goes to a file or, if `piped`, to a pipe.
+
+        `place` goes before the command, to run it elsewhere.
+        """
         path = CONSUMER if CONSUMER in url else PRODUCER
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPTS[path], "--url", url, *options],
+            [*place, sys.executable, SCRIPTS[path], "--url", url, *options],
             cwd=ROOT,
             env=SCRIPT_ENV,
             stdin=stdin,

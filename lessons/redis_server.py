@@ -36,6 +36,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json, to_json
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError
@@ -59,6 +60,7 @@ CLAIM_AFTER = 30  # seconds until other workers redeliver what a dead worker had
 REPLICAS = 0  # replicas that must have a payload, within TIMEOUT, before its receipt is sent
 REDIS_TIMEOUT = 5  # seconds to wait for an answer from Redis
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
+SENTINEL_PASSWORD = os.environ.get("SENTINEL_PASSWORD")  # Redis has its own, in REDIS_URL
 URLS = "redis://HOST:PORT/DB, redis+sentinel://HOST:PORT,.../NAME/DB, redis+cluster://HOST:PORT,..."
 # Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use both.
 STREAM = "{queue}"
@@ -208,6 +210,10 @@ class Primary(Connection):
         await super().connect()  # type: ignore[no-untyped-call]
 
 
+class SecurePrimary(Primary, SSLConnection):
+    """The same with TLS."""
+
+
 async def find_node(url: str, nodes: list[ClusterNode], options: dict[str, Any]) -> tuple[str, int]:
     """Ask the nodes of a Redis Cluster which of them has the queue."""
     async with RedisCluster.from_url(url, startup_nodes=nodes, **options) as cluster:
@@ -231,24 +237,29 @@ def connect() -> Redis:
         "decode_responses": True,
     }
     url = urlsplit(REDIS_URL)
-    if url.scheme not in ("redis+sentinel", "redis+cluster"):
+    scheme, _, kind = url.scheme.partition("+")
+    if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
         return Redis.from_pool(BlockingConnectionPool.from_url(REDIS_URL, **options))
     user, _, hosts = url.netloc.rpartition("@")
     servers = [urlsplit(f"//{host}") for host in hosts.split(",")]
     name, _, database = url.path.strip("/").partition("/")
     asking = {"retry": once, "socket_timeout": 1, "socket_connect_timeout": 1}
-    if url.scheme == "redis+cluster":
+    address = f"redis://{user}@/{database}?{url.query}"
+    if kind == "cluster":
         nodes = [ClusterNode(server.hostname or "", server.port or 6379) for server in servers]
-        first = f"redis://{user}@{servers[0].netloc}?{url.query}"
+        first = f"{scheme}://{user}@{servers[0].netloc}?{url.query}"
         options["find"] = partial(find_node, first, nodes, asking)
     elif name:
         addresses = [(server.hostname, server.port or 26379) for server in servers]
+        asking |= {"password": SENTINEL_PASSWORD, "ssl": scheme == "rediss"}
+        given = parse_url(address).items()
+        asking |= {key: value for key, value in given if key.startswith("ssl_")}
         sentinel = Sentinel(addresses, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
         options["find"] = partial(sentinel.discover_master, name)
     else:
         raise ValueError("the Sentinels' name for the primary is missing")
-    address = f"redis://{user}@/{database}?{url.query}"
-    pool = BlockingConnectionPool.from_url(address, connection_class=Primary, **options)
+    primary = SecurePrimary if scheme == "rediss" else Primary
+    pool = BlockingConnectionPool.from_url(address, connection_class=primary, **options)
     return Redis.from_pool(pool)
 
 
@@ -258,7 +269,9 @@ def explain(error: Exception) -> str:
         return f"MOVED to {error.host}:{error.port}"
     # The message may name the place in a pipeline, and the place in a script.
     why = re.sub(r".* of pipeline caused error: \(.(.*).,\)$", r"\1", str(error))
-    return re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", why) or "no answer"
+    why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", why)
+    # Of each Sentinel, redis-py names all settings. Old versions include the password.
+    return re.sub(r"<redis\.asyncio\.client\.Redis.*?> - ", "", why) or "no answer"
 
 
 class Channel:

@@ -4,13 +4,16 @@ import asyncio
 import itertools
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,13 @@ async def test_the_server_follows_a_failover(deployment: Deployment) -> None:
         assert took < 5 * SLOWNESS
         assert server.log.rindex("Redis is back") > server.log.rindex("Redis is gone")
         assert "Traceback" not in server.log
+
+
+def listens(port: int) -> bool:
+    """Whether somebody accepts connections at this port."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
 
 
 def connections(server: Server, node: Redis) -> int:
@@ -363,6 +373,112 @@ def test_no_sentinel_and_no_node_at_the_start() -> None:
     lines = refusals([f"{scheme}://:s3cret@{hosts}/queue" for scheme in schemes])
     for scheme, line in zip(schemes, lines, strict=True):
         assert line.startswith(f"ERROR:    no Redis at {scheme}://{hosts}/queue (")
+
+
+@cache
+def folder_of_redis_with_tls() -> str | None:
+    """Redis can be built without TLS. Such a Redis takes the option for a mistake."""
+    for folder in os.get_exec_path():
+        with suppress(OSError):
+            command = [f"{folder}/redis-server", "--port", "0", "--tls-port", "1"]
+            if "Failed to configure TLS" in subprocess.run(command, capture_output=True, text=True).stdout:
+                return folder
+    return None
+
+
+@pytest.fixture
+def tls_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Node, and all that comes first on the PATH, be a Redis with TLS."""
+    folder = folder_of_redis_with_tls()
+    if folder is None:
+        pytest.skip("needs a Redis with TLS (Debian: apt install redis-server)")
+    monkeypatch.setenv("PATH", folder + os.pathsep + os.environ["PATH"])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate for this machine (`cert.pem`), and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl (Debian: apt install openssl)")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem"]
+    command += ["-out", "cert.pem", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def tls_files(certificate: Path) -> list[str]:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    options = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert]
+    return [*options, "--tls-auth-clients", "no", "--tls-replication", "yes"]
+
+
+@contextmanager
+def sentinel_of(primary: Node, port: int, folder: Path, *options: str) -> Iterator[int]:
+    """Start a Sentinel with the password `word` for a primary that gets the password `s3cret`."""
+    primary.admin.config_set("requirepass", "s3cret")
+    conf = folder / "sentinel.conf"
+    conf.write_text(f"sentinel monitor queue 127.0.0.1 {port} 1\nsentinel auth-pass queue s3cret\n")
+    port = free_port()
+    command = [redis_executable(), str(conf), "--sentinel", "--bind", "127.0.0.1", "--requirepass", "word"]
+    if options:
+        command += ["--port", "0", "--tls-port", str(port), *options]
+    else:
+        command += ["--port", str(port)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: listens(port), "the Sentinel")
+            yield port
+        finally:
+            process.kill()
+
+
+async def test_sentinels_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis and the Sentinels have passwords of their own. A wrong one is refused in one line."""
+    with closing(Node()) as primary, sentinel_of(primary, primary.port, tmp_path) as port:
+        url = f"redis+sentinel://:s3cret@127.0.0.1:{port}/queue/0"
+        with running(COMMAND, env={"REDIS_URL": url, "SENTINEL_PASSWORD": "word"}) as server:
+            await produce(server, ["1", "2"])
+            assert await drain(server) == ["1", "2"]
+        monkeypatch.setenv("SENTINEL_PASSWORD", "wrong s3cret")
+        [line] = await asyncio.to_thread(refusals, [url])
+        address = f"redis+sentinel://127.0.0.1:{port}/queue/0"
+        assert line.startswith(f"ERROR:    no Redis at {address} (No master found for 'queue' : ")
+        assert "AuthenticationError" in line
+        assert len(line) < 250
+
+
+async def test_sentinels_with_tls(tls_redis: None, certificate: Path, tmp_path: Path) -> None:
+    """Redis and the Sentinels listen for TLS, and have passwords."""
+    files, port = tls_files(certificate), free_port()
+    with (
+        closing(Node("--tls-port", str(port), *files)) as primary,
+        sentinel_of(primary, port, tmp_path, *files) as sentinel,
+    ):
+        url = f"rediss+sentinel://:s3cret@127.0.0.1:{sentinel}/queue/0"
+        env = {"REDIS_URL": f"{url}?ssl_ca_certs={certificate / 'cert.pem'}", "SENTINEL_PASSWORD": "word"}
+        with running(COMMAND, env=env) as server:
+            await produce(server, ["1", "2"])
+            assert await drain(server) == ["1", "2"]
+        [line] = await asyncio.to_thread(refusals, [url])
+        assert "No master found for 'queue' : " in line
+
+
+async def test_a_cluster_with_tls(tls_redis: None, certificate: Path) -> None:
+    """The nodes listen for TLS, and have a password."""
+    port = free_port()
+    options = ["--cluster-enabled", "yes", "--databases", "1", "--tls-cluster", "yes"]
+    node = Node(*options, "--tls-port", str(port), *tls_files(certificate))
+    with closing(node):
+        node.admin.cluster("ADDSLOTS", *range(16384))
+        await until(lambda: node.admin.cluster("INFO")["cluster_state"] == "ok", "the cluster")
+        node.admin.config_set("requirepass", "s3cret")
+        url = f"rediss+cluster://:s3cret@127.0.0.1:{port}?ssl_ca_certs={certificate / 'cert.pem'}"
+        with running(COMMAND, env={"REDIS_URL": url}) as server:
+            await produce(server, ["1", "2"])
+            assert await drain(server) == ["1", "2"]
+        [line] = await asyncio.to_thread(refusals, [url.partition("?")[0]])
+        assert "certificate verify failed" in line
 
 
 def test_a_network_that_drops_everything() -> None:

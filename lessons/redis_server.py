@@ -70,7 +70,8 @@ GROUP = "workers"
 RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
 WORKER = secrets.token_hex(8)
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
-FAILED = (RedisError, RedisClusterException, TimeoutError)  # raised by calls to Redis
+# Raised by calls to Redis: OSError if another call has just closed the connection.
+FAILED = (RedisError, RedisClusterException, OSError)
 # What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
 ELSEWHERE = "read only replica|UNBLOCKED|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
@@ -302,7 +303,7 @@ class Channel:
             if isinstance(error, ResponseError) and not re.search(ELSEWHERE, why):
                 raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
             # The next calls make new connections. After a failover, they lead to another Redis.
-            with suppress(RedisError):
+            with suppress(*FAILED):
                 await self.redis.connection_pool.disconnect(inuse_connections=False)
             if self.reachable:
                 log.error("Redis is gone (%s): producers get 1013, consumers wait", why)

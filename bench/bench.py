@@ -5,8 +5,9 @@
     python bench/bench.py latency server.py    some works or servers only, by name; shown, not saved
     python bench/bench.py --readme             write bench/README.md and bench/plot.svg from results.json
 
-Servers are measured in turn, round by round, so that what else the machine does meets them alike. CPU is the
-main figure: unlike time, it is the server's own, over all its processes, whatever else runs.
+CPU is the main figure: unlike time, it is the server's own, over all its processes, whatever else runs. But
+on a busy machine each instruction takes longer. So all servers do the same work within seconds of each other,
+and a ratio compares two figures of the same round.
 """
 
 import argparse
@@ -25,8 +26,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from datetime import date
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -138,23 +139,25 @@ def accepts(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-async def visit(server: Server, works: Iterable[Work], scale: float = 1) -> dict[str, dict[str, float] | str]:
-    """One round of a server: the figures of each work, or why it failed. Starts it as often as it must."""
-    figures: dict[str, dict[str, float] | str] = {}
+async def visit(
+    server: Server, works: Iterable[Work], scale: float = 1
+) -> AsyncGenerator[tuple[str, dict[str, float] | str]]:
+    """Yield the figures of each work, or why it failed. Starts the server as often as it must."""
     todo = deque(works)
     while todo:
-        consumers = 0
-        deflate = todo[0].deflate
+        work = todo[0]
         try:
             async with started(server) as load:
-                while todo and todo[0].consumers >= consumers and todo[0].deflate == deflate:
-                    consumers = todo[0].consumers
-                    figures[todo[0].name] = done = await load.run(todo[0], scale)
-                    say(f" {todo.popleft().name} {done['cpu_us']:.1f}")
+                figures = await load.run(todo.popleft(), scale)
+                while todo and todo[0].consumers >= work.consumers and todo[0].deflate == work.deflate:
+                    yield work.name, figures
+                    work = todo[0]
+                    figures = await load.run(todo.popleft(), scale)
+            yield work.name, figures
         except (Failed, psutil.Error) as failure:
-            say(f" {todo[0].name} FAILED ({failure})")
-            figures[todo.popleft().name] = str(failure)
-    return figures
+            if todo and todo[0] is work:
+                todo.popleft()
+            yield work.name, str(failure)
 
 
 def say(text: str) -> None:
@@ -169,15 +172,25 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
     began = time.monotonic()
     for number in range(1, rounds + 1):
         say(f"round {number} of {rounds}, after {time.monotonic() - began:.0f} s; µs of CPU per payload:\n")
-        for server in servers:
-            say(f"  {server.name:20}")
-            todo = [work for work in works if (work.name, server.name) not in failed]
-            for name, figures in (await visit(server, todo, scale)).items():
-                if isinstance(figures, str):
-                    failed[name, server.name] = figures
-                else:
-                    samples.setdefault((name, server.name), []).append(figures)
-            say("\n")
+        async with AsyncExitStack() as stack:
+            visits = {}
+            for server in servers:
+                todo = [work for work in works if (work.name, server.name) not in failed]
+                visits[server.name] = await stack.enter_async_context(aclosing(visit(server, todo, scale)))
+            for work in works:
+                say(f"  {work.name}:")
+                # In turn, so that no server always has the best place in the row.
+                for name in visits if number % 2 else reversed(visits):
+                    if (work.name, name) in failed:
+                        continue
+                    _, figures = await anext(visits[name])
+                    if isinstance(figures, str):
+                        failed[work.name, name] = figures
+                        say(f" {name} FAILED ({figures})")
+                    else:
+                        samples.setdefault((work.name, name), []).append(figures)
+                        say(f" {name} {figures['cpu_us']:.1f}")
+                say("\n")
     seconds = round(time.monotonic() - began)
     say(f"took {seconds} s\n")
     results: dict[str, dict[str, Any]] = {}
@@ -186,8 +199,8 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
         results[work.name] = rows
         for server in servers:
             key = work.name, server.name
-            rows[server.name] = {"failed": failed[key]} if key in failed else summary(samples[key])
-        add_ratios(rows, servers[0].name)
+            reference = samples.get((work.name, servers[0].name), [])
+            rows[server.name] = {"failed": failed[key]} if key in failed else summary(samples[key], reference)
     packages = ["uvicorn", "fastapi", "websockets", "uvloop", "picows"]
     packages += [server.package for server in servers if server.package]
     return {
@@ -203,24 +216,21 @@ async def measure(works: list[Work], servers: list[Server], rounds: int, scale: 
     }
 
 
-def summary(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    columns = {figure: [values[figure] for values in rounds] for figure in rounds[0]}
-    return {
-        figure: {
+def summary(rounds: list[dict[str, float]], reference: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds: of each figure, and of its ratio to the reference's in the same round."""
+    found: dict[str, dict[str, float]] = {}
+    for figure in rounds[0]:
+        values = [values[figure] for values in rounds]
+        found[figure] = {
             "median": digits(statistics.median(values)),
             "min": digits(min(values)),
             "max": digits(max(values)),
         }
-        for figure, values in columns.items()
-    }
-
-
-def add_ratios(rows: dict[str, Any], to: str) -> None:
-    """Compare with the figures of a server, those that are not too small to be measured."""
-    for figure, reference in rows[to].items():
-        for row in rows.values():
-            if figure in row and figure != "failed" and reference["median"]:
-                row[figure]["ratio"] = digits(row[figure]["median"] / reference["median"])
+        # None if the reference failed, or has a figure of 0: it is too small to be measured.
+        if len(reference) == len(rounds) and all(values[figure] for values in reference):
+            ratios = [ours[figure] / its[figure] for ours, its in zip(rounds, reference, strict=True)]
+            found[figure]["ratio"] = digits(statistics.median(ratios))
+    return found
 
 
 def installed() -> set[str]:

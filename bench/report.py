@@ -72,7 +72,8 @@ def section(results: dict[str, Any]) -> str:
         f"{busy:.0%} of the time.",
         "![Server CPU per payload, and memory, for each server and work](plot.svg)",
         "**Server CPU in microseconds per payload**, over all the server's processes: the median of "
-        f"{results['rounds']} rounds (the lowest to the highest), and its ratio to `server.py`'s.",
+        f"{results['rounds']} rounds (the lowest to the highest), and the median of its ratios to "
+        "`server.py` in the same round.",
         grid(
             [work["title"] for work in works.values()],
             [[server, *(cost(work, server) for work in works)] for server in servers],

@@ -88,9 +88,14 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+async def figures_of(server: load.Server, work: load.Work = WORK) -> dict[str, float] | str:
+    [(name, figures)] = [pair async for pair in bench.visit(server, [work])]
+    assert name == work.name
+    return figures
+
+
 async def measured(lie: str, at: int) -> dict[str, float] | str:
-    server = load.Server("liar", (sys.executable, "-c", LIAR, lie, str(at)))
-    return (await bench.visit(server, [WORK]))["work"]
+    return await figures_of(load.Server("liar", (sys.executable, "-c", LIAR, lie, str(at))))
 
 
 async def test_an_honest_relay_has_figures() -> None:
@@ -140,7 +145,7 @@ async def test_a_broadcast_that_fails_one_copy_has_no_figures(
     monkeypatch.setattr(load, "STALL", 0.5 * SLOWNESS)
     command = (sys.executable, "-c", LIAR_TO_ALL, lie, str(at))
     server = load.Server("liar", command, connection=broadcast.Naive, load=broadcast.Broadcast)
-    figures = (await bench.visit(server, [load.Work("work", "work", PAYLOADS, consumers=2, ahead=5)]))["work"]
+    figures = await figures_of(server, load.Work("work", "work", PAYLOADS, consumers=2, ahead=5))
     if reason is None:
         assert isinstance(figures, dict), figures
         assert figures["rate"] > 0
@@ -170,10 +175,26 @@ async def test_clients_that_offer_compression_use_it() -> None:
         assert all(client.deflate for [client] in clients.connections.values())
 
 
+async def test_a_server_that_failed_is_started_again_for_the_next_work() -> None:
+    """Each work gets its figures, in order, or the reason why there are none."""
+    works = [load.Work(name, name, PAYLOADS, consumers=count) for name, count in (("one", 1), ("two", 2))]
+    server = load.Server("liar", (sys.executable, "-c", LIAR, "doubles", str(PAYLOADS // 2)))
+    figures = [pair async for pair in bench.visit(server, works)]
+    assert [name for name, _ in figures] == ["one", "two"]
+    assert all("came twice" in str(reason) for _, reason in figures)
+
+
+def test_a_ratio_compares_figures_of_the_same_round() -> None:
+    """If the machine is slow for one round, it is slow for both servers."""
+    ours = [{"cpu_us": 20.0}, {"cpu_us": 40.0}, {"cpu_us": 26.0}]
+    its = [{"cpu_us": 10.0}, {"cpu_us": 20.0}, {"cpu_us": 20.0}]
+    assert bench.summary(ours, its)["cpu_us"] == {"median": 26, "min": 20, "max": 40, "ratio": 2}
+
+
 async def test_a_server_that_does_not_start_is_reported() -> None:
     """The report has the last line that the server printed."""
     server = load.Server("broken", (sys.executable, "-c", "raise SystemExit('no such luck')"))
-    assert await bench.visit(server, [WORK]) == {"work": "did not start: no such luck"}
+    assert await figures_of(server) == "did not start: no such luck"
 
 
 def test_a_part_of_a_run_can_be_chosen_by_name(tmp_path: Path) -> None:

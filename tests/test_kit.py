@@ -1,6 +1,7 @@
 """The tests' own tools work, however the tests are started."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -50,3 +51,9 @@ def test_a_misspelled_constant_is_an_error() -> None:
     command = with_constants("lessons.ack_server", SEND_TIME_OUT=1)
     with pytest.raises(AssertionError, match=r"lessons\.ack_server has no SEND_TIME_OUT"), running(command):
         pass
+
+
+def test_no_test_file_imports_from_another_one() -> None:
+    """Code that two of them need is in kit/. So each can be read alone."""
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^(from|import) tests\.test_", path.read_text(), re.MULTILINE), path.name

@@ -25,9 +25,9 @@ from tests.kit.constants import with_constants
 from tests.kit.servers import Server, running
 from tests.kit.tokens import KEY, header, log_in, pair, token
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
-from tests.test_auth import NAIVE
 
 COMMAND = uvicorn_command("lessons.limits_server:app")
+NAIVE = uvicorn_command("lessons.naive.auth_server:app")
 SCRIPT = [sys.executable, "lessons/limits_server.py", "--port"]
 RATE = 50  # payloads a second of the low server
 LOW = {

@@ -374,7 +374,7 @@ async def test_a_login_that_is_not_unicode_is_refused(door: Server) -> None:
 
 
 async def test_the_naive_version_logs_the_token(naive_door: Server) -> None:
-    """A URL is in the log of every server and proxy on the way."""
+    """The token is in the URL, and so in the log of every server and proxy on the way."""
     text = token(lasts=1)
     with fails("open after its token has expired"):
         await check_ends_at_expiry(naive_door, f"{PRODUCER}?token={text}")

@@ -238,7 +238,7 @@ def test_ctrl_c_stops_the_benchmark_and_its_server(number: signal.Signals) -> No
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    """The error says which names of works and servers there are."""
+    """The error says which names there are, of servers and of kinds of work."""
     _, printed = run("fast").communicate(timeout=5 * SLOWNESS)
     assert "unknown: fast; there are one, latency" in printed
 

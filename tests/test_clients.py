@@ -354,7 +354,7 @@ async def test_clients_lose_nothing_over_a_restart_of_the_server(start: Start) -
 
 
 async def test_clients_try_again_after_1013(start: Start) -> None:
-    """At first, 1013 is no reason to give up, and no receipt."""
+    """1013 right after the start is no reason to give up, and no receipt."""
     refused = set()
 
     async def busy(websocket: ServerConnection) -> None:

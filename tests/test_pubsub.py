@@ -1421,8 +1421,8 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_ctrl_c_ends_an_idle_server(fresh: Server, number: signal.Signals) -> None:
-    """It ends within a second. All 100 subscribers are closed with 1012."""
+async def test_an_idle_server_ends_within_a_second(fresh: Server, number: signal.Signals) -> None:
+    """All 100 subscribers are closed with 1012."""
     async with AsyncExitStack() as stack:
         members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(100)]
         await check_ends(fresh, number, 1, [member.websocket for member in members])
@@ -1431,8 +1431,10 @@ async def test_ctrl_c_ends_an_idle_server(fresh: Server, number: signal.Signals)
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_ctrl_c_ends_the_server_while_messages_flow(fresh: Server, number: signal.Signals) -> None:
-    """It ends within a second. All 20 subscribers are closed with 1012."""
+async def test_the_server_ends_within_a_second_while_messages_flow(
+    fresh: Server, number: signal.Signals
+) -> None:
+    """All 20 subscribers are closed with 1012."""
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         publisher = await stack.enter_async_context(connected(fresh))
         members = [await stack.enter_async_context(connected(fresh, "t")) for _ in range(20)]
@@ -1454,7 +1456,7 @@ async def test_ctrl_c_ends_the_server_while_messages_flow(fresh: Server, number:
 
 @SIGNALS
 @WITH_AND_WITHOUT_REDIS
-async def test_ctrl_c_ends_the_server_although_a_subscriber_does_not_read(
+async def test_the_server_ends_although_a_subscriber_does_not_read(
     fresh: Server, number: signal.Signals
 ) -> None:
     """It ends after --timeout-graceful-shutdown. The others are closed with 1012."""

@@ -129,9 +129,18 @@ async def started(server: Server) -> AsyncIterator[Load]:
             await load.settle(0.2)
             yield load
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill(process.pid)
             process.wait()
+
+
+def kill(pid: int) -> None:
+    """Kill a process and all that came of it: its group, and descendants with a session of their own."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def accepts(port: int) -> bool:

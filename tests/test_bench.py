@@ -215,16 +215,23 @@ def test_a_part_of_a_run_can_be_chosen_by_name(tmp_path: Path) -> None:
     assert results["results"]["latency"]["server.py"]["p99_us"]["median"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_the_benchmark_and_its_server(number: signal.Signals) -> None:
-    """So does SIGTERM."""
+@pytest.mark.parametrize(
+    ("number", "server", "count"),
+    [
+        (signal.SIGINT, "multiproc_server.py", 4),
+        (signal.SIGTERM, "multiproc_server.py", 4),
+        (signal.SIGINT, "gateway + server.py", 2),
+    ],
+)
+def test_ctrl_c_stops_the_benchmark_and_its_server(number: signal.Signals, server: str, count: int) -> None:
+    """So does SIGTERM. The server behind the gateway ends, too, although it has a session of its own."""
     family: list[psutil.Process] = []
 
-    with run("one", "multiproc_server.py") as process:
+    with run("one", server) as process:
 
         def serving() -> bool:
             family[:] = psutil.Process(process.pid).children(recursive=True)
-            return len(family) > 3
+            return len(family) >= count
 
         try:
             wait_for(serving, "the server's processes")

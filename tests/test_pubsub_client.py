@@ -23,7 +23,8 @@ from websockets.http11 import Request, Response
 
 from lessons import pubsub_client
 from lessons.pubsub_client import Message, PubSubClient
-from tests.kit.commands import uvicorn_command
+from tests.kit.commands import uvicorn_command, with_options
+from tests.kit.constants import with_constants
 from tests.kit.ports import free_port
 from tests.kit.root import ROOT
 from tests.kit.scripts import PROXIES, recording_proxy
@@ -160,9 +161,13 @@ async def test_a_callback_may_use_the_client(client: PubSubClient, topics: str) 
 
 
 async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
-    server: Server, topics: str, caplog: pytest.LogCaptureFixture
+    topics: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While it runs, the server drops messages for this client."""
+    command = with_options(
+        with_constants("lessons.pubsub_server", BUFFER=50), "--ws-per-message-deflate", "false"
+    )
+    count = 1000  # of 30 kB: more than the kernel's buffers for a connection can grow to
     go_on = asyncio.Event()
     got: list[int] = []
 
@@ -170,23 +175,23 @@ async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
         got.append(message["data"][0])
         await go_on.wait()
 
-    async with (
-        asyncio.timeout(6 * TIMEOUT),
-        PubSubClient(server.url("/ws")) as publisher,
-        PubSubClient(server.url("/ws")) as slowed,
-    ):
-        await slowed.subscribe(topics, slow)
-        await confirm(slowed, publisher)
-        # 60 MB, compressed: more than the kernel's buffers for a connection can grow to.
-        for number in range(4000):
-            await publisher.publish(topics, [number, os.urandom(15_000).hex()])
-        await confirm(publisher, publisher)
-        go_on.set()
-        await until(lambda: got[-1] == 3999, "the newest message")
+    with running(command) as server:
+        async with (
+            asyncio.timeout(6 * TIMEOUT),
+            PubSubClient(server.url("/ws")) as publisher,
+            PubSubClient(server.url("/ws")) as slowed,
+        ):
+            await slowed.subscribe(topics, slow)
+            await confirm(slowed, publisher)
+            for number in range(count):
+                await publisher.publish(topics, [number, "x" * 30_000])
+            await confirm(publisher, publisher)
+            go_on.set()
+            await until(lambda: got[-1] == count - 1, "the newest message")
     dropped = [
         re.fullmatch(r"callbacks are too slow: (\d+) messages were dropped", text) for text in logged(caplog)
     ]
-    assert sum(int(match[1]) for match in dropped if match) == 4000 - len(got) > 0
+    assert sum(int(match[1]) for match in dropped if match) == count - len(got) > 0
 
 
 async def test_a_refused_message_is_an_error(

@@ -34,12 +34,11 @@ from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocket
 from fastapi.exceptions import WebSocketException, WebSocketRequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json, to_json
-from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster, Sentinel
-from redis.asyncio.cluster import ClusterNode
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, Sentinel
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 from starlette.requests import HTTPConnection
 from starlette.types import Message
 
@@ -71,7 +70,7 @@ RETURNED = "returned"  # not a worker: it owns the payloads that wait for redeli
 WORKER = secrets.token_hex(8)
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 # Raised by calls to Redis: OSError if another call has just closed the connection.
-FAILED = (RedisError, RedisClusterException, OSError)
+FAILED = (RedisError, OSError)
 # What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
 ELSEWHERE = "read only replica|UNBLOCKED|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
@@ -215,13 +214,21 @@ class SecurePrimary(Primary, SSLConnection):
     """The same with TLS."""
 
 
-async def find_node(url: str, nodes: list[ClusterNode], options: dict[str, Any]) -> tuple[str, int]:
+async def find_node(urls: list[str], options: dict[str, Any]) -> tuple[str, int]:
     """Ask the nodes of a Redis Cluster which of them has the queue."""
-    async with RedisCluster.from_url(url, startup_nodes=nodes, **options) as cluster:
-        node = cluster.get_node_from_key(STREAM)
-        if node is None:
-            raise RedisClusterException("no node has the queue")
-        return node.host, int(node.port)
+    failure: RedisError = RedisError("no node is named")
+    for url in urls:
+        try:
+            async with Redis.from_url(url, **options) as node:
+                await node.exists(STREAM)
+        except MovedError as elsewhere:
+            return elsewhere.host, elsewhere.port
+        except RedisError as error:
+            failure = error
+        else:
+            address = urlsplit(url)
+            return address.hostname or "localhost", address.port or 6379
+    raise failure
 
 
 def connect() -> Redis:
@@ -242,15 +249,14 @@ def connect() -> Redis:
     if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
         return Redis.from_pool(BlockingConnectionPool.from_url(REDIS_URL, **options))
     user, _, hosts = url.netloc.rpartition("@")
-    servers = [urlsplit(f"//{host}") for host in hosts.split(",")]
     name, _, database = url.path.strip("/").partition("/")
-    asking = {"retry": once, "socket_timeout": 1, "socket_connect_timeout": 1}
     address = f"redis://{user}@/{database}?{url.query}"
+    asking = {"retry": once, "socket_timeout": 1, "socket_connect_timeout": 1}
     if kind == "cluster":
-        nodes = [ClusterNode(server.hostname or "", server.port or 6379) for server in servers]
-        first = f"{scheme}://{user}@{servers[0].netloc}?{url.query}"
-        options["find"] = partial(find_node, first, nodes, asking)
+        urls = [f"{scheme}://{user}@{host}?{url.query}" for host in hosts.split(",")]
+        options["find"] = partial(find_node, urls, asking)
     elif name:
+        servers = [urlsplit(f"//{host}") for host in hosts.split(",")]
         addresses = [(server.hostname, server.port or 26379) for server in servers]
         asking |= {"password": SENTINEL_PASSWORD, "ssl": scheme == "rediss"}
         given = parse_url(address).items()

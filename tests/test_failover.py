@@ -519,6 +519,8 @@ def cluster() -> Iterator[list[Node]]:
 async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> None:
     """REDIS_URL names two nodes without the queue. The server finds the third, and follows its failover.
 
+    A server starts though the first node that REDIS_URL names is down.
+
     If REDIS_URL names one node as if it were the only Redis, the error says where the queue is.
     """
     [line] = await asyncio.to_thread(refusals, [f"redis://127.0.0.1:{cluster[1].port}"])
@@ -535,6 +537,13 @@ async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> No
         await insist(server, "3")
         assert await drain(server) == ["2", "3"]
         assert "Traceback" not in server.log
+    # The node with the first slots is killed. Slots without a node are no reason to stop the others.
+    for node in cluster[2:]:
+        node.admin.config_set("cluster-require-full-coverage", "no")
+    cluster[1].kill()
+    with running(COMMAND, env={"REDIS_URL": f"redis+cluster://{hosts}"}) as server:
+        await insist(server, "4")
+        assert await drain(server) == ["4"]
 
 
 async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import bench, broadcast, load, reconnect, report
+from bench import bench, broadcast, load, partitions, reconnect, report
 from tests.kit.root import ROOT
 from tests.kit.waiting import SLOWNESS, wait_for
 
@@ -281,3 +281,11 @@ async def test_clients_come_back_after_a_restart(monkeypatch: pytest.MonkeyPatch
     attempts, handshakes = await reconnect.restart(lambda failures: 0.1)
     assert len(handshakes) == 5
     assert attempts.total() >= 5
+
+
+async def test_partitions_spread_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench/partitions.py: with one partition, one node has all payloads."""
+    for name, value in {"KEYS": 4, "QUEUED": 25, "FLOWING": 2}.items():
+        monkeypatch.setattr(partitions, name, value)
+    memory, _ = await partitions.run(1)
+    assert sorted(int(share) for share in re.findall(r"(\d+)%", memory))[-1] > 90

@@ -26,6 +26,7 @@ WITH_A_PAGE = [
     "auth_server",
     "limits_server",
     "redis_server",
+    "partitioned_server",
     "pubsub_server",
 ]
 # What runs a file on a Python that says it is 3.10. The packages are imported before it says so.
@@ -73,14 +74,19 @@ def test_an_old_python_is_refused_in_one_line(file: Path) -> None:
 TEXTS = {
     "Broker.connect": 2,
     "Broker.send": 2,
-    "Channel.__init__": 4,
+    "Channel.__init__": 5,
+    "Channel.acknowledge": 2,
+    "Channel.dead": 2,
+    "Channel.deal": 2,
     "Channel.deliver": 4,
-    "Channel.fetch": 2,
+    "Channel.fetch": 3,
     "Channel.give_back": 2,
     "Channel.put": 4,
-    "Channel.qsize": 3,
-    "Channel.redeliver": 2,
+    "Channel.qsize": 4,
+    "Channel.redeliver": 3,
     "Channel.retry": 2,
+    "Channel.start": 2,
+    "Channel.stop": 2,
     "Router.__init__": 2,
     "Router.on": 2,
     "Storage.__init__": 2,
@@ -92,31 +98,33 @@ TEXTS = {
     "Storage.start_job": 2,
     "Storage.stats": 2,
     "Storage.stop_job": 2,
-    "Unacknowledged.__init__": 2,
+    "Unacknowledged.__init__": 3,
     "Unacknowledged.blame": 2,
     "body": 2,
     "check": 2,
     "check_name": 2,
-    "connect": 2,
+    "connect": 3,
     "consumer": 5,
     "dead": 2,
     "endpoint": 2,
+    "explain": 2,
+    "find_node": 2,
     "handle": 2,
     "index": 6,
     "lifespan": 7,
     "log_in": 2,
     "post": 2,
-    "producer": 6,
-    "put_batch": 2,
+    "producer": 7,
+    "put_batch": 3,
     "receive": 2,
     "receive_acks": 2,
     "refuse": 3,
-    "retry": 2,
+    "retry": 3,
     "same_origin": 3,
     "send": 2,
     "send_messages": 2,
     "send_payloads": 3,
-    "stats": 8,
+    "stats": 9,
     "watch": 2,
 }
 
@@ -147,6 +155,16 @@ def test_the_copies_of_a_function_in_the_servers_are_the_same_text() -> None:
     servers = [file for file in FILES if file.stem.endswith("_server") or file.stem == "server"]
     found = {name: len(texts) for name, texts in copies(servers).items() if len(texts) > 1}
     assert found == TEXTS
+
+
+@pytest.mark.parametrize("name", ["give_back", "give_back_unknown", "keep_running", "put", "qsize", "report"])
+def test_a_partition_is_the_channel_of_redis_server(name: str) -> None:
+    """Only the names of the Streams differ."""
+    texts = []
+    for file, method in (("redis_server", f"Channel.{name}"), ("partitioned_server", f"Partition.{name}")):
+        source = (ROOT / "lessons" / f"{file}.py").read_text()
+        texts.append(dict(functions(ast.parse(source), source))[method])
+    assert texts[0].replace("STREAM", "self.stream") == texts[1]
 
 
 def test_the_copies_of_a_function_in_the_clients_are_the_same_text() -> None:

@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from websockets.exceptions import ConnectionClosed
 
 from tests.kit.clients import client, consumer, drain, numbered, produce, receive, write
@@ -28,7 +26,15 @@ from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
 from tests.kit.constants import with_constants
 from tests.kit.namespaces import has_cables
 from tests.kit.ports import free_port
-from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, redis_executable, shared_redis
+from tests.kit.redis import (
+    CLAIM_AFTER,
+    DOWN_AFTER,
+    FAILOVER,
+    REDIS_TIMEOUT,
+    Node,
+    redis_executable,
+    shared_redis,
+)
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
 from tests.kit.storm import Storm
@@ -40,10 +46,8 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 COMMAND = SERVERS["redis_server.py"]
-DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Sentinel thinks that Redis is down
 # uvicorn gives up a restart if a worker is not ready in time, which is 5 s by default.
 PATIENT = ("--timeout-worker-healthcheck", f"{6 * TIMEOUT:.0f}")
-FAILOVER = 6 * TIMEOUT  # seconds in which the Sentinels must have promoted the replica
 SENTINEL_CONF = """\
 bind 127.0.0.1
 port {port}
@@ -52,36 +56,6 @@ sentinel monitor queue 127.0.0.1 {primary} 2
 sentinel down-after-milliseconds queue {down_after:.0f}
 sentinel failover-timeout queue {again:.0f}
 """
-
-
-class Node(Redis):
-    """A Redis that may be a replica, or a node of a cluster."""
-
-    def __init__(self, *options: str) -> None:
-        super().__init__(*options)
-        once = Retry(NoBackoff(), 0)
-        # Any: some answers are typed as awaitable
-        self.admin: Any = redis.Redis(port=self.port, retry=once, decode_responses=True)
-
-    def start_as_replica(self, primary: Redis) -> None:
-        self._options = ("--replicaof", "127.0.0.1", str(primary.port))
-        self.start()
-
-    def is_primary(self) -> bool:
-        with suppress(redis.ConnectionError):
-            return bool(self.admin.role()[0] == "master")
-        return False
-
-    def follows(self, primary: Redis) -> bool:
-        """Whether it has all that the primary has."""
-        replication = self.admin.info("replication")
-        return (replication["role"], replication.get("master_port")) == ("slave", primary.port) and (
-            replication["master_link_status"] == "up"
-        )
-
-    def close(self) -> None:
-        self.admin.close()
-        super().close()
 
 
 @pytest.fixture
@@ -192,7 +166,7 @@ def listens(port: int) -> bool:
     return False
 
 
-def connections(server: Server, node: Redis) -> int:
+def connections(server: Server, node: Node) -> int:
     """How many connections the server has to a Redis."""
     ends = [end for process in server.processes() for end in process.net_connections("tcp")]
     return sum(end.status == "ESTABLISHED" and end.raddr.port == node.port for end in ends)

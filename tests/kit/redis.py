@@ -12,16 +12,19 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.kit.ports import free_port
-from tests.kit.waiting import SLOWNESS, wait_for
+from tests.kit.waiting import SLOWNESS, TIMEOUT, wait_for
 
 CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits for it
 REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
+DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Redis counts as down
+FAILOVER = 6 * TIMEOUT  # seconds in which a replica must have been promoted
 
 
 def redis_executable() -> str:
@@ -82,6 +85,36 @@ class Redis:
     def close(self) -> None:
         self.kill()
         self._folder.cleanup()
+
+
+class Node(Redis):
+    """A Redis that may be a replica, or a node of a cluster."""
+
+    def __init__(self, *options: str) -> None:
+        super().__init__(*options)
+        once = Retry(NoBackoff(), 0)
+        # Any: some answers are typed as awaitable
+        self.admin: Any = redis.Redis(port=self.port, retry=once, decode_responses=True)
+
+    def start_as_replica(self, primary: Redis) -> None:
+        self._options = ("--replicaof", "127.0.0.1", str(primary.port))
+        self.start()
+
+    def is_primary(self) -> bool:
+        with suppress(redis.ConnectionError):
+            return bool(self.admin.role()[0] == "master")
+        return False
+
+    def follows(self, primary: Redis) -> bool:
+        """Whether it has all that the primary has."""
+        replication = self.admin.info("replication")
+        return (replication["role"], replication.get("master_port")) == ("slave", primary.port) and (
+            replication["master_link_status"] == "up"
+        )
+
+    def close(self) -> None:
+        self.admin.close()
+        super().close()
 
 
 @cache

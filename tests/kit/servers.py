@@ -57,7 +57,10 @@ class Server:
         self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = env or {}
-        with_redis = any(word.endswith((".redis_server:app", ".log_redis_server:app")) for word in command)
+        with_redis = any(
+            word.endswith((".redis_server:app", ".log_redis_server:app", ".partitioned_server:app"))
+            for word in command
+        )
         if with_redis and "REDIS_URL" not in env:
             env = {**env, "REDIS_URL": shared_redis().url()}  # a database, and so a queue, of its own
         command, env = [*command, str(self.port)], {**os.environ, **env}

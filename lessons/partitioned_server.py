@@ -1,0 +1,777 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["fastapi>=0.115.10", "redis[hiredis]>=6", "uvicorn>=0.53", "websockets>=17.0"]
+# ///
+"""Grow past one Redis: redis_server.py with its queue in PARTITIONS Streams of a Redis Cluster.
+
+Run `uvicorn lessons.partitioned_server:app` with REDIS_URL=redis+cluster://HOST:PORT,... and the
+clients as with redis_server.py. The key of a producer (`/ws/producer?key=alice`) says to which
+partition its payloads go. Each payload arrives at least once, as long as its node keeps what it has
+confirmed. The order is kept for each key, but not between keys.
+"""
+
+import asyncio
+import logging
+import math
+import multiprocessing
+import os
+import random
+import re
+import secrets
+import signal
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Query, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import WebSocketException, WebSocketRequestValidationError
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from pydantic_core import from_json, to_json
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio.connection import SSLConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
+from starlette.requests import HTTPConnection
+from starlette.types import Message
+
+if sys.version_info < (3, 11):
+    sys.exit("this needs Python 3.11 or later")
+
+PARTITIONS = 8  # the same for all workers; see the page before you change it
+CAPACITY = 1000  # payloads of each partition
+TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
+MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
+BATCH = 256  # payloads that one call brings to Redis or takes from it
+MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
+# Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
+# connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
+ON_PURPOSE = (1000, 1001, 1012)
+MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
+SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
+CLAIM_AFTER = 30  # seconds until other workers redeliver what a dead worker had
+REDIS_TIMEOUT = 5  # seconds to wait for an answer from Redis
+REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
+URLS = "redis://HOST:PORT/DB, redis+cluster://HOST:PORT,..."
+GROUP = "workers"
+RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
+WORKER = secrets.token_hex(8)
+GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+# Raised by calls to Redis: OSError if another call has just closed the connection.
+FAILED = (RedisError, OSError)
+# What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
+ELSEWHERE = "read only replica|UNBLOCKED|MOVED|cluster is down|slot not served"
+Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
+
+# Nothing else runs in Redis while a script runs, so no two workers see the same free space.
+PUT = """
+local stream, changed = KEYS[1], KEYS[2]
+local group, capacity = ARGV[1], ARGV[2]
+local created = redis.pcall('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM')
+if created.err and string.find(created.err, 'READONLY') then
+    return created  -- this Redis is a replica. Any other error says that the group exists
+end
+local waiting = redis.call('XLEN', stream) - redis.call('XPENDING', stream, group)[1]
+local accepted = math.max(0, math.min(#ARGV - 2, capacity - waiting))
+for i = 3, 2 + accepted do
+    redis.call('XADD', stream, '*', 'payload', ARGV[i])
+end
+if accepted > 0 then
+    redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', accepted)
+end
+return accepted
+"""
+COUNT = """
+local stream, group, returned = KEYS[1], ARGV[1], ARGV[2]
+redis.call('XDEL', stream, '0-1')  -- deletes nothing, but only a primary allows it
+local pending = redis.call('XPENDING', stream, group)
+local waiting = redis.call('XLEN', stream) - pending[1]
+for _, consumer in ipairs(pending[4] or {}) do
+    if consumer[1] == returned then
+        waiting = waiting + consumer[2]
+    end
+end
+return waiting
+"""
+# Payloads that came back go first. They are older than all that no worker has had. XCLAIM would
+# count each redelivery, but only FAIL is to count.
+TAKE = """
+local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
+local returned, most = ARGV[3], tonumber(ARGV[4])
+local entries, rows = {}, redis.call('XPENDING', stream, group, '-', '+', most, returned)
+for _, row in ipairs(rows) do
+    local id, count = row[1], row[4]
+    local claimed = redis.call('XCLAIM', stream, group, worker, 0, id, 'RETRYCOUNT', count)
+    table.insert(entries, claimed[1])
+end
+if #rows < most then
+    local new = redis.call(
+        'XREADGROUP', 'GROUP', group, worker, 'COUNT', most - #rows, 'STREAMS', stream, '>')
+    for _, entry in ipairs(new and new[1][2] or {}) do
+        table.insert(entries, entry)
+    end
+end
+return entries
+"""
+# The group's own counter is 1 at the first delivery. A payload is always in exactly one of the two
+# Streams. Redis allows this even when its memory is full, but it would refuse a transaction.
+REPORT = """
+local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
+local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local report, set_aside = cjson.decode(ARGV[5]), {}
+for _, id in ipairs(report.acknowledged) do
+    redis.call('XACK', stream, group, id)
+    redis.call('XDEL', stream, id)
+end
+for _, id in ipairs(report.failed) do
+    local row = redis.call('XPENDING', stream, group, id, id, 1)[1]
+    if row and row[2] == worker then  -- else this is a repetition
+        local count = row[4]
+        if count < most then
+            redis.call(
+                'XCLAIM', stream, group, returned, 0, id, 'RETRYCOUNT', count + 1, 'JUSTID')
+        else
+            local payload = redis.call('XRANGE', stream, id, id)[1][2][2]
+            redis.call('XADD', dead, '*', 'payload', payload, 'deliveries', count)
+            redis.call('XACK', stream, group, id)
+            redis.call('XDEL', stream, id)
+            table.insert(set_aside, payload)
+        end
+    end
+end
+for _, id in ipairs(report.returned) do
+    redis.call('XCLAIM', stream, group, returned, 0, id, 'JUSTID')
+end
+if #report.failed + #report.returned > 0 then
+    redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', 'returned')
+end
+return set_aside
+"""
+RETRY = """
+local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
+local letters = redis.call('XRANGE', dead, '-', '+')
+for _, letter in ipairs(letters) do
+    redis.call('XADD', stream, '*', 'payload', letter[2][2])
+end
+redis.call('DEL', dead)
+redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', #letters)
+return #letters
+"""
+# If a worker is deleted, the payloads that it still has are lost.
+LEAVE = """
+local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
+if #redis.call('XPENDING', stream, group, '-', '+', 1, worker) == 0 then
+    redis.call('XGROUP', 'DELCONSUMER', stream, group, worker)
+end
+"""
+
+
+class Unacknowledged:
+    """The payloads that a consumer has and did not acknowledge yet, oldest first."""
+
+    def __init__(self, prefetch: int) -> None:
+        self.payloads: deque[tuple[Partition, str]] = deque()  # their partitions, and ids there
+        self.room = prefetch
+        self.unsent: asyncio.Queue[str] = asyncio.Queue()
+        self.sending_since = math.inf  # seconds, as time.monotonic() counts them
+        self.failed: list[tuple[Partition, str]] = []
+
+    def blame(self) -> None:
+        """Count a failure of the consumer against the payload on which it was working."""
+        # Acknowledgements come in order, so that is the oldest payload, if it was sent at all.
+        unsent = self.unsent.qsize() + (self.sending_since < math.inf)
+        if len(self.payloads) > unsent:
+            self.failed.append(self.payloads.popleft())
+
+
+class Primary(Connection):
+    """A connection to the Redis that has a Stream now. After a failover, that is another one."""
+
+    def __init__(self, find: Callable[[], Awaitable[tuple[str, int]]], **options: Any) -> None:
+        super().__init__(**options)
+        self.find = find
+
+    async def connect(self) -> None:
+        if not self.is_connected:
+            self.host, self.port = await self.find()
+        await super().connect()  # type: ignore[no-untyped-call]
+
+
+class SecurePrimary(Primary, SSLConnection):
+    """The same with TLS."""
+
+
+async def find_node(urls: list[str], options: dict[str, Any], stream: str) -> tuple[str, int]:
+    """Ask the nodes of a Redis Cluster which of them has the Stream."""
+    failure: RedisError = RedisError("no node is named")
+    for url in urls:
+        try:
+            async with Redis.from_url(url, **options) as node:
+                await node.exists(stream)
+        except MovedError as elsewhere:
+            return elsewhere.host, elsewhere.port
+        except RedisError as error:
+            failure = error
+        else:
+            address = urlsplit(url)
+            return address.hostname or "localhost", address.port or 6379
+    raise failure
+
+
+def connect(stream: str) -> Redis:
+    """Return a client for a Stream, or raise ValueError. It connects when it is first used."""
+    # RedisCluster could be the client for all Streams. But if one node fails, it closes its
+    # connections to all nodes.
+    # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
+    # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
+    # Before 8.0.1, it leaks a connection after a WATCH (redis/redis-py#4123). We have none.
+    once = Retry(NoBackoff(), 0)
+    options: dict[str, Any] = {
+        "max_connections": 3,
+        "retry": once,
+        "socket_timeout": None,  # call() has a timeout
+        "protocol": 2,
+        "decode_responses": True,
+    }
+    url = urlsplit(REDIS_URL)
+    scheme, _, kind = url.scheme.partition("+")
+    if scheme not in ("redis", "rediss") or kind != "cluster":
+        return Redis.from_pool(BlockingConnectionPool.from_url(REDIS_URL, **options))
+    user, _, hosts = url.netloc.rpartition("@")
+    urls = [f"{scheme}://{user}@{host}?{url.query}" for host in hosts.split(",")]
+    asking = {"retry": once, "socket_timeout": 1, "socket_connect_timeout": 1}
+    options["find"] = partial(find_node, urls, asking, stream)
+    address = f"redis://{user}@?{url.query}"
+    primary = SecurePrimary if scheme == "rediss" else Primary
+    pool = BlockingConnectionPool.from_url(address, connection_class=primary, **options)
+    return Redis.from_pool(pool)
+
+
+def explain(error: Exception) -> str:
+    """Return why Redis failed."""
+    if isinstance(error, AskError):
+        return f"MOVED to {error.host}:{error.port}"
+    # The message may name the place in a pipeline, and the place in a script.
+    why = re.sub(r".* of pipeline caused error: \(.(.*).,\)$", r"\1", str(error))
+    return re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", why) or "no answer"
+
+
+def added(letter: tuple[str, Any]) -> list[int]:
+    """Return what sorts entries of a Stream by their ids, such as 1790000000123-0."""
+    return [int(number) for number in letter[0].split("-")]
+
+
+class Partition:
+    """A part of the queue: a Stream in Redis. It redelivers what is not acknowledged."""
+
+    def __init__(self, number: int) -> None:
+        # Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use
+        # them together.
+        self.stream = f"{{queue:{number}}}"
+        self.changed = f"{self.stream}:changed"  # wakes workers that wait for payloads
+        self.dead_letters = f"{self.stream}:dead"  # a Stream of the payloads that were set aside
+        self.keys = (self.stream, self.changed, self.dead_letters)
+        self.redis = connect(self.stream)
+        self.reachable = True
+        self.line = asyncio.Lock()
+        # The ids of the payloads that this worker's consumers have.
+        self.mine: set[str] = set()
+        # The ids of payloads of which Redis does not know yet that they were acknowledged, that a
+        # consumer failed on them, or that they were returned.
+        self.acknowledged: list[str] = []
+        self.failed: list[str] = []
+        self.returned: list[str] = []
+        self.news = asyncio.Event()
+
+    async def call(self, answer: Awaitable[Any]) -> Any:
+        """Wait for Redis. Raise WebSocketException if it refuses or does not answer."""
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT):
+                result = await answer
+        except FAILED as error:
+            why = explain(error)
+            if isinstance(error, ResponseError) and not re.search(ELSEWHERE, why):
+                raise WebSocketException(1013, f"Redis refuses: {why:.90}") from None
+            # The next calls make new connections. After a failover, they lead to another Redis.
+            with suppress(*FAILED):
+                await self.redis.connection_pool.disconnect(inuse_connections=False)
+            if self.reachable:
+                log.error("Redis is gone (%s): %s waits, its producers get 1013", why, self.stream)
+            self.reachable = False
+            raise WebSocketException(1013, "Redis does not answer: try again later") from None
+        if not self.reachable:
+            log.info("Redis is back: %s", self.stream)
+        self.reachable = True
+        return result
+
+    async def qsize(self) -> int:
+        """Count the payloads that wait for a consumer."""
+        return int(await self.call(self.redis.eval(COUNT, 1, self.stream, GROUP, RETURNED)))
+
+    async def add(self, payloads: list[str]) -> int:
+        """Queue the first of the payloads, as many as there is space for. Return how many."""
+        put = self.redis.eval(PUT, 2, self.stream, self.changed, GROUP, CAPACITY, *payloads)
+        return int(await self.call(put))
+
+    async def put(self, payloads: list[str], max_wait: float) -> int:
+        """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
+        deadline = time.monotonic() + max_wait
+        if not self.line.locked() and (count := await self.add(payloads)):
+            return count
+        # Producers wait in line. Otherwise one could get all the space while another gets none.
+        async with asyncio.timeout(max_wait):
+            await self.line.acquire()
+        try:
+            # A call that is on its way must not be cancelled: it may queue the payloads.
+            while not (count := await self.add(payloads)):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                # Look at random times, so that no worker always looks just after another one.
+                await asyncio.sleep(random.uniform(0.02, 0.06))
+            return count
+        finally:
+            self.line.release()
+
+    async def take(self, most: int) -> list[tuple[str, str]]:
+        """Take the ids and the texts of at most so many payloads."""
+        take = self.redis.eval(TAKE, 1, self.stream, GROUP, WORKER, RETURNED, most)
+        return [(payload_id, payload) for payload_id, (_, payload) in await self.call(take)]
+
+    def give_back(self, payload_ids: Iterable[str]) -> None:
+        self.mine.difference_update(payload_ids)
+        self.returned.extend(payload_ids)
+        self.news.set()
+
+    async def dead(self) -> list[tuple[str, dict[str, str]]]:
+        """Return the ids and the fields of the oldest dead letters."""
+        letters: list[tuple[str, dict[str, str]]]
+        letters = await self.call(self.redis.xrange(self.dead_letters, count=100))
+        return letters
+
+    async def count_dead(self) -> int:
+        return int(await self.call(self.redis.xlen(self.dead_letters)))
+
+    async def retry(self) -> int:
+        """Put the dead letters back, at the end of the queue, and count them."""
+        return int(await self.call(self.redis.eval(RETRY, 3, *self.keys)))
+
+    async def give_back_unknown(self) -> None:
+        """Give back payloads that Redis handed over in an answer that came too late."""
+        known = {*self.mine, *self.acknowledged, *self.failed, *self.returned}
+        # Redis answers a ping when it has run all that it was sent before.
+        await self.call(self.redis.ping())
+        rows = self.redis.xpending_range(self.stream, GROUP, "-", "+", len(known) + BATCH, WORKER)
+        pending = {row["message_id"] for row in await self.call(rows)}
+        self.give_back(sorted(pending - known))
+
+    async def report(self) -> None:
+        """Tell Redis what was acknowledged or returned, for all consumers in one call."""
+        while True:
+            await self.news.wait()
+            # Let more acknowledgements arrive.
+            await asyncio.sleep(0.005)
+            await self.send_report()
+
+    async def send_report(self) -> None:
+        report = {
+            "acknowledged": self.acknowledged.copy(),
+            "failed": self.failed.copy(),
+            "returned": self.returned.copy(),
+        }
+        args = (GROUP, WORKER, RETURNED, MAX_DELIVERIES, to_json(report))
+        for payload in await self.call(self.redis.eval(REPORT, 3, *self.keys, *args)):
+            log.warning("set aside after %d deliveries: %.80s", MAX_DELIVERIES, payload)
+        del self.acknowledged[: len(report["acknowledged"])]
+        del self.failed[: len(report["failed"])]
+        del self.returned[: len(report["returned"])]
+        if not self.acknowledged and not self.failed and not self.returned:
+            self.news.clear()
+
+    async def claim(self) -> None:
+        """Renew this worker's claims, and give back what dead workers had."""
+        while True:
+            await asyncio.sleep(CLAIM_AFTER / 3)
+            if self.mine:
+                mine: list[Any] = list(self.mine)
+                await self.call(self.redis.xclaim(self.stream, GROUP, WORKER, 0, mine, justid=True))
+            age = CLAIM_AFTER * 1000  # milliseconds
+            stream, changed = self.stream, self.changed
+            dead = self.redis.xautoclaim(stream, GROUP, RETURNED, age, count=10_000, justid=True)
+            if await self.call(dead):
+                change = self.redis.xadd(changed, {"payloads": "dead"}, maxlen=1, approximate=False)
+                await self.call(change)
+
+    async def keep_running(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Run a loop. Whenever Redis fails, start it again."""
+        while True:
+            with suppress(WebSocketException):
+                # Queueing nothing creates the group, if Redis has come back empty.
+                await self.add([])
+                await loop()
+            await asyncio.sleep(0.2)
+
+    async def check(self) -> str:
+        """Return why Redis fails, or an empty string."""
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT):
+                await self.redis.eval(PUT, 2, self.stream, self.changed, GROUP, CAPACITY)
+        except FAILED as error:
+            return explain(error)
+        return ""
+
+    async def leave(self) -> None:
+        """Give everything back, in 2 seconds. If Redis is gone, other workers claim it."""
+        with suppress(WebSocketException, TimeoutError):
+            async with asyncio.timeout(2):
+                await self.give_back_unknown()
+                await self.send_report()
+                await self.call(self.redis.eval(LEAVE, 1, self.stream, GROUP, WORKER))
+
+
+class Channel:
+    """A bounded queue in several partitions, whose consumers get payloads from all of them."""
+
+    def __init__(self) -> None:
+        # The consumers with room for a payload. The first in line gets the next one.
+        self.with_room: deque[Unacknowledged] = deque()
+        self.wake = asyncio.Event()
+        # Held by the partition that fetches. Two of them could fetch for the same room.
+        self.turn = asyncio.Lock()
+
+    def partition(self, key: str) -> Partition:
+        """Return the partition to which payloads with this key go."""
+        # Not hash(): each worker would get other results.
+        return self.partitions[zlib.crc32(key.encode()) % PARTITIONS]
+
+    async def qsize(self) -> int:
+        """Count the payloads that wait for a consumer."""
+        return sum(await self.everywhere(Partition.qsize))
+
+    async def deliver(
+        self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
+    ) -> None:
+        """Call `handle` with each payload, as long as the consumer has room for it."""
+        self.with_room.append(unacknowledged)
+        self.wake.set()
+        while True:
+            payload = await unacknowledged.unsent.get()
+            unacknowledged.sending_since = time.monotonic()
+            await handle(payload)
+            unacknowledged.sending_since = math.inf
+
+    def acknowledge(self, unacknowledged: Unacknowledged) -> None:
+        """Forget a consumer's oldest payload, and let it have another one."""
+        partition, payload_id = unacknowledged.payloads.popleft()
+        # After a failover, a payload may have been sent to two consumers, and be here no more.
+        partition.mine.discard(payload_id)
+        partition.acknowledged.append(payload_id)
+        partition.news.set()
+        unacknowledged.room += 1
+        if unacknowledged.room == 1:
+            self.with_room.append(unacknowledged)
+            self.wake.set()
+
+    def redeliver(self, unacknowledged: Unacknowledged) -> None:
+        """Put unacknowledged payloads back at the front of their partitions, in their old order."""
+        with suppress(ValueError):
+            self.with_room.remove(unacknowledged)
+        for partition, payload_id in unacknowledged.failed:
+            partition.mine.discard(payload_id)
+            partition.failed.append(payload_id)
+            partition.news.set()
+        for partition, payload_id in unacknowledged.payloads:
+            partition.give_back([payload_id])
+
+    async def everywhere(self, call: Callable[[Partition], Awaitable[Any]]) -> list[Any]:
+        """Call a method of all partitions at once, and return what they return."""
+        return await asyncio.gather(*(call(partition) for partition in self.partitions))
+
+    async def dead(self) -> list[dict[str, Any]]:
+        """Return the dead letters, oldest first, at most 100."""
+        letters = []
+        for some in await self.everywhere(Partition.dead):
+            letters.extend(some)
+        letters.sort(key=added)
+        dead = []
+        for _, letter in letters[:100]:
+            deliveries = int(letter["deliveries"])
+            dead.append({"payload": letter["payload"], "deliveries": deliveries})
+        return dead
+
+    async def fetch(self, partition: Partition) -> None:
+        """Take as many payloads as the consumers have room for. If there are fewer, wait."""
+        await partition.give_back_unknown()
+        last_change = "0"
+        while True:
+            async with self.turn:
+                if not self.with_room:
+                    self.wake.clear()
+                    await self.wake.wait()
+                most = min(BATCH, sum(consumer.room for consumer in islice(self.with_room, BATCH)))
+                entries = await partition.take(most)
+                for payload_id, payload in entries:
+                    self.deal(partition, payload_id, payload)
+            if len(entries) < most:
+                changed = partition.changed
+                change = partition.redis.xread({changed: last_change}, count=1, block=1000)
+                for _, changes in await partition.call(change):
+                    last_change = changes[0][0]
+
+    def deal(self, partition: Partition, payload_id: str, payload: str) -> None:
+        """Give a payload to the first consumer in line. Give it back if they have all left."""
+        if not self.with_room:
+            partition.give_back([payload_id])
+            return
+        partition.mine.add(payload_id)
+        consumer = self.with_room.popleft()
+        consumer.payloads.append((partition, payload_id))
+        consumer.unsent.put_nowait(payload)
+        consumer.room -= 1
+        if consumer.room:
+            self.with_room.append(consumer)
+
+    async def start(self) -> None:
+        """Connect to Redis, or end this worker."""
+        problem = ""
+        try:
+            self.partitions = [Partition(number) for number in range(PARTITIONS)]
+            for partition in self.partitions:
+                why = await partition.check()
+                # The partitions of one node are enough to begin with.
+                if not why:
+                    break
+            else:
+                address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
+                problem = f"no Redis at {address} ({why}): start redis-server, or set REDIS_URL"
+        except (ValueError, TypeError):
+            problem = f"REDIS_URL is not valid: use {URLS}"
+        if problem:
+            # One worker says it for all.
+            if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
+                log.error(problem)
+            # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
+            os._exit(3)
+        self.tasks = []
+        for partition in self.partitions:
+            for loop in (partial(self.fetch, partition), partition.report, partition.claim):
+                self.tasks.append(asyncio.create_task(partition.keep_running(loop)))
+
+    async def stop(self) -> None:
+        """Give everything back, and count what is left."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+        await self.everywhere(Partition.leave)
+        with suppress(WebSocketException):
+            log.info("%d payloads were still queued", await self.qsize())
+        for partition in self.partitions:
+            await partition.redis.aclose()
+
+
+def hang_up(*_: object) -> None:
+    """End this worker and uvicorn's parent process, as Ctrl+C does."""
+    # When a terminal closes, every process gets a SIGHUP. By itself, the parent would replace its
+    # workers: it takes the signal for `kill -HUP`.
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid:
+        os.kill(parent.pid, signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    # Windows has no SIGHUP, and `nohup` lets processes ignore it.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, hang_up)
+    await channel.start()
+    yield  # until every endpoint has returned
+    await channel.stop()
+
+
+app = FastAPI(lifespan=lifespan)
+channel = Channel()
+
+
+async def same_origin(connection: HTTPConnection) -> None:
+    """Refuse web pages from other sites. Browsers send an Origin header, scripts do not."""
+    origin = connection.headers.get("origin")
+    host = connection.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        reason = f"a page from {origin} may not connect to {host}: open the page at that address"
+        if connection.scope["type"] == "http":
+            raise HTTPException(403, reason)
+        raise WebSocketException(1008, reason)
+
+
+@app.exception_handler(WebSocketException)
+async def close(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close the connection with the code and the reason of the exception, and log them."""
+    host, port = websocket.client or ("unknown", 0)
+    log.warning("%s:%d closed with %d: %s", host, port, error.code, error.reason)
+    with suppress(*GONE, TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(TIMEOUT):
+            await websocket.close(error.code, error.reason)
+
+
+@app.exception_handler(WebSocketRequestValidationError)
+async def refuse(websocket: WebSocket, error: WebSocketRequestValidationError) -> None:
+    """Tell the consumer what is wrong with its prefetch."""
+    # Before it is accepted, a client that is refused sees only HTTP 403, without a reason.
+    await websocket.accept()
+    await close(websocket, WebSocketException(1008, f"prefetch: {error.errors()[0]['msg']}"))
+
+
+def validate(payload: str | None) -> str:
+    """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
+    if payload is None:
+        raise WebSocketException(1003, "a binary frame: send payloads as text")
+    if len(payload.encode()) > MAX_PAYLOAD:
+        raise WebSocketException(1009, f"a payload has at most {MAX_PAYLOAD} bytes")
+    try:
+        from_json(payload, allow_inf_nan=False)
+    except ValueError as error:
+        raise WebSocketException(1007, f"not JSON: {error}") from None
+    return payload
+
+
+async def receive_batch(websocket: WebSocket) -> list[Message]:
+    """Wait for a message, and return it with the messages that have already arrived after it."""
+    messages = [await websocket.receive()]
+    # A timeout of 0 ends the first receive() that would have to wait.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0):
+            while messages[-1]["type"] != "websocket.disconnect" and len(messages) < BATCH:
+                messages.append(await websocket.receive())
+    return messages
+
+
+async def put_batch(websocket: WebSocket, partition: Partition, payloads: list[str]) -> None:
+    """Queue the payloads, and send each back as its receipt."""
+    while payloads:
+        try:
+            count = await partition.put(payloads, TIMEOUT)
+        except TimeoutError:
+            raise WebSocketException(1013, "the queue is full: try again later") from None
+        for payload in payloads[:count]:
+            # The receipt. The payload is queued, even if the producer has left meanwhile.
+            with suppress(*GONE):
+                await websocket.send_text(payload)
+        del payloads[:count]
+
+
+@app.websocket("/ws/producer", dependencies=[Depends(same_origin)])
+async def producer(websocket: WebSocket, key: str | None = None) -> None:
+    await websocket.accept()
+    # Without a key, the connection gets one of its own, so that its payloads stay in order.
+    partition = channel.partition(key or secrets.token_hex(8))
+    # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        while True:
+            payloads: list[str] = []
+            try:
+                for message in await receive_batch(websocket):
+                    if message["type"] == "websocket.disconnect":
+                        return
+                    payloads.append(validate(message.get("text")))
+            finally:
+                # A payload that is refused does not harm the payloads before it.
+                await put_batch(websocket, partition, payloads)
+
+
+async def send_payloads(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
+    """Send payloads until the consumer leaves."""
+    with suppress(*GONE):
+        await channel.deliver(websocket.send_text, unacknowledged)
+
+
+async def watch(unacknowledged: Unacknowledged) -> None:
+    """Refuse a consumer that stopped reading. Uvicorn's pings would wait behind the payloads."""
+    # Setting a timer for each payload would cost a tenth more, so look from time to time.
+    while time.monotonic() - unacknowledged.sending_since < SEND_TIMEOUT:
+        await asyncio.sleep(SEND_TIMEOUT / 10)
+    raise WebSocketException(1013, f"the consumer has read nothing for {SEND_TIMEOUT} seconds")
+
+
+async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:
+    """Take acknowledgements until the consumer leaves. Count it as a failure if it crashed."""
+    while (message := await websocket.receive())["type"] != "websocket.disconnect":
+        if message.get("text") != "ack":
+            raise WebSocketException(1008, "a consumer sends ack, and nothing else")
+        if not unacknowledged.payloads:
+            raise WebSocketException(1008, "an ack, but there is nothing to acknowledge")
+        channel.acknowledge(unacknowledged)
+    if message["code"] not in ON_PURPOSE:
+        unacknowledged.blame()
+
+
+@app.websocket("/ws/consumer", dependencies=[Depends(same_origin)])
+async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
+    await websocket.accept()
+    unacknowledged = Unacknowledged(prefetch)
+    refusal: Exception | None = None
+    # If the consumer does not read its payloads, uvicorn cancels this endpoint when it stops.
+    with suppress(asyncio.CancelledError):
+        try:
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(send_payloads(websocket, unacknowledged))
+                watcher = group.create_task(watch(unacknowledged))
+                # Only receive() tells us that the consumer has left, or that uvicorn is stopping.
+                await receive_acks(websocket, unacknowledged)
+                sender.cancel()
+                watcher.cancel()
+        except* WebSocketException as refusals:
+            refusal = refusals.exceptions[0]
+            unacknowledged.blame()
+        finally:
+            channel.redeliver(unacknowledged)
+    if refusal:
+        raise refusal
+
+
+async def or_503() -> AsyncIterator[None]:
+    """Let an HTTP endpoint answer 503 if Redis fails, since HTTP has no close codes."""
+    try:
+        yield
+    except WebSocketException as error:
+        raise HTTPException(503, error.reason) from None
+
+
+@app.get("/stats", dependencies=[Depends(or_503)])
+async def stats() -> dict[str, int | bool]:
+    queued, dead = await channel.qsize(), sum(await channel.everywhere(Partition.count_dead))
+    return {"queued": queued, "capacity": PARTITIONS * CAPACITY, "acks": True, "dead": dead}
+
+
+@app.get("/dead", dependencies=[Depends(same_origin), Depends(or_503)])
+async def dead() -> list[dict[str, Any]]:
+    return await channel.dead()
+
+
+@app.post("/dead/retry", dependencies=[Depends(same_origin), Depends(or_503)])
+async def retry() -> dict[str, int]:
+    return {"retried": sum(await channel.everywhere(Partition.retry))}
+
+
+@app.get("/")
+async def index() -> Response:
+    page = Path(__file__).parent.parent / "web/index.html"
+    if page.exists():
+        return FileResponse(page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
+    return PlainTextResponse("A queue: send to /ws/producer, receive from /ws/consumer.")
+
+
+if __name__ == "__main__":
+    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
+    uvicorn.main(["__main__:app", *options])

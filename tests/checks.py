@@ -35,7 +35,7 @@ from tests.kit.clients import (
 )
 from tests.kit.commands import CONSUMER, MAX_PREFETCH, PRODUCER
 from tests.kit.scripts import Script
-from tests.kit.servers import Server
+from tests.kit.servers import Server, tracebacks
 from tests.kit.waiting import SLOWNESS, until
 from tests.kit.workers import worker
 
@@ -159,7 +159,7 @@ async def check_forbidden(server: Server, saying: str | bytes | list[str], unack
         assert "ack" in offender.close_reason
         await gone(server, {port(offender)})
     log = server.log[mark:]
-    assert "Traceback" not in log, log
+    assert tracebacks(log) == 0, log
     if not server.yours:
         lines = [line for line in log.splitlines() if not line.startswith("INFO:")]
         assert len(lines) == 1
@@ -181,7 +181,7 @@ async def check_refused(server: Server, name: str) -> None:
             taken = await receive(offender)
             raise AssertionError(f"taken: {taken:.20}")
         log = server.log[mark:]
-        assert "Traceback" not in log, f"{name}: {log}"
+        assert tracebacks(log) == 0, f"{name}: {log}"
         assert offender.close_code == code
         assert offender.close_reason
         assert len(offender.close_reason.encode()) <= 123  # the most that a close frame holds
@@ -352,7 +352,7 @@ async def end(server: Server, number: signal.Signals, seconds: float) -> int:
     assert took is not None, f"still running {seconds} s after {number.name}:\n{server.log}"
     # multiprocessing has a helper, the resource tracker, that ends when it sees that all others have.
     await until(lambda: not server.processes(), "the last of its processes to end", SLOWNESS)
-    assert "Traceback" not in server.log, f"ended with a traceback:\n{server.log}"
+    assert tracebacks(server.log) == 0, f"ended with a traceback:\n{server.log}"
     if not server.has_stats:
         return 0
     counts = re.findall(r"(\d+) payloads were still queued", server.log)

@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("tests.kit", "tests.checks")
 from tests.kit.clients import drain  # noqa: E402
 from tests.kit.commands import NAIVE, SERVERS  # noqa: E402
 from tests.kit.namespaces import isolates  # noqa: E402
-from tests.kit.servers import Server, Yours, running  # noqa: E402
+from tests.kit.servers import Server, Yours, running, tracebacks  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,7 +118,7 @@ async def server(shared: Server) -> AsyncIterator[Server]:
         shared.retry()
     if not shared.yours or shared.yours.port:
         await drain(shared)  # of a test that failed
-    assert "Traceback" not in shared.log[mark:], shared.log[mark:]
+    assert tracebacks(shared.log[mark:]) == 0, shared.log[mark:]
 
 
 @pytest.fixture

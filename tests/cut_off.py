@@ -21,7 +21,7 @@ from tests.kit.clients import CONNECTING, receive
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
 from tests.kit.namespaces import ALONE, Cable
 from tests.kit.scripts import Script
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import TIMEOUT, until
 
 AT_ONCE = 20  # payloads that the cut-off producer sends before, and during, the cut
@@ -123,7 +123,7 @@ async def main(name: str, seconds: float | None) -> None:
         await load.until_received(load.sent - at_risk)
         producing.cancel()
         received = load.received()
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
     lost = len(load.echoed - received.keys())
     twice = sum(count > 1 for count in received.values())
     print(f"{len(load.echoed)} echoed, {lost} lost, {twice} twice")

@@ -38,7 +38,7 @@ from tests.kit.clients import (
 from tests.kit.commands import ACKING, CONSUMER, MAX_PREFETCH, PRODUCER, with_options
 from tests.kit.constants import with_constants
 from tests.kit.scripts import Script
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import SLOWNESS, until
 
 LOAD_SECONDS = 2  # for which consumers are killed under load
@@ -232,7 +232,7 @@ async def test_pings_find_a_consumer_that_hangs(command: list[str]) -> None:
             async with consumer(server) as taker:
                 assert await taker.payloads(2) == payloads[3:]
                 assert await taker.payloads(3) == payloads[:3]
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def impatient(command: list[str], seconds: float) -> Iterator[Server]:
     [app] = [word for word in command if word.endswith(":app")]
     with running(with_constants(app.removesuffix(":app"), SEND_TIMEOUT=seconds * SLOWNESS)) as server:
         yield server
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 async def test_a_consumer_that_does_not_read_is_disconnected(command: list[str]) -> None:
@@ -336,7 +336,7 @@ async def test_consumers_killed_under_load_lose_nothing(command: list[str]) -> N
             await until(lambda: server.queued() == 0 and not missing(), f"the rest: {missing()}")
             times = Counter(payload for script in [*killed, *scripts] for payload in script.lines)
             unacknowledged = {payload for script in killed for payload in script.lines[-64:]}
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
     assert len(echoed) > 1000
     assert {payload for payload in times if times[payload] > 1} <= unacknowledged
 

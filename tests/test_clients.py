@@ -25,7 +25,7 @@ from tests.kit import clients
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS
 from tests.kit.ports import free_port
 from tests.kit.scripts import SCRIPT_ENV, SCRIPTS, Script, recording_proxy
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import TIMEOUT, until
 
 MIB = 1024 * 1024
@@ -59,7 +59,7 @@ async def relay(started: Server) -> AsyncIterator[Server]:
     mark = len(started.log)
     yield started
     await clients.drain(started)
-    assert "Traceback" not in started.log[mark:], started.log[mark:]
+    assert tracebacks(started.log[mark:]) == 0, started.log[mark:]
 
 
 def file(tmp_path: Path, content: bytes) -> IO[bytes]:

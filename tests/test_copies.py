@@ -12,7 +12,7 @@ import pytest
 from tests.kit.commands import uvicorn_command
 from tests.kit.redis import shared_redis
 from tests.kit.root import ROOT
-from tests.kit.servers import running
+from tests.kit.servers import running, tracebacks
 
 LESSONS = [path for path in (ROOT / "lessons").glob("*.py") if path.stem != "test_your_copy"]
 FILES = sorted([*ROOT.glob("*.py"), *LESSONS])
@@ -56,7 +56,7 @@ def test_a_copied_server_says_what_it_is(name: str, tmp_path: Path) -> None:
         status, content_type, body = server.get("/")
         assert (status, content_type) == (200, "text/plain; charset=utf-8")
         assert "/ws" in body
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.stem))

@@ -4,7 +4,7 @@ from websockets.asyncio.client import connect
 
 from tests.kit.clients import CONNECTING, receive
 from tests.kit.commands import uvicorn_command
-from tests.kit.servers import running
+from tests.kit.servers import running, tracebacks
 from tests.kit.waiting import until
 
 
@@ -26,7 +26,7 @@ async def test_server_can_be_mounted_in_another_app() -> None:
         server.interrupt()
         assert server.ends_within(2) is not None
         assert "0 payloads were still queued" in server.log
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 async def test_an_app_can_produce_and_consume_in_the_server() -> None:
@@ -40,4 +40,4 @@ async def test_an_app_can_produce_and_consume_in_the_server() -> None:
         await until(lambda: 'saved "from a client"' in server.log, "the client's payload")
         server.interrupt()
         assert server.ends_within(2) is not None
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0

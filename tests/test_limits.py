@@ -22,7 +22,7 @@ from tests.checks import check_foreign_page_is_refused, end, fails
 from tests.kit.clients import client, numbered, receive, receive_all, write
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
 from tests.kit.constants import with_constants
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.tokens import KEY, header, log_in, pair, token
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
@@ -59,7 +59,7 @@ def low() -> Iterator[Server]:
     """A server with short times and low limits."""
     with running(with_constants("lessons.limits_server", **LOW)) as server:
         yield server
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def by_user() -> Iterator[Server]:
     """auth_server.py with low limits."""
     with running(BY_USER, env={"SECRET_KEY": KEY}) as server:
         yield server
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 @pytest.fixture(scope="module")

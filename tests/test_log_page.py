@@ -10,7 +10,7 @@ from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 from tests.kit.browser import CONTRAST, FLAGS
 from tests.kit.commands import uvicorn_command
 from tests.kit.needs import CHROMIUM, needs_browser
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import TIMEOUT
 
 pytestmark = [
@@ -24,7 +24,7 @@ QUESTION = " ".join(f"word{number}" for number in range(30))
 def server() -> Iterator[Server]:
     with running(uvicorn_command("lessons.log_server:app")) as server:
         yield server
-        assert "Traceback" not in server.log
+        assert tracebacks(server.log) == 0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

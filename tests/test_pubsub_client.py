@@ -28,7 +28,7 @@ from tests.kit.constants import with_constants
 from tests.kit.ports import free_port
 from tests.kit.root import ROOT
 from tests.kit.scripts import PROXIES, recording_proxy
-from tests.kit.servers import Server, running
+from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 COMMAND = uvicorn_command("lessons.pubsub_server:app")
@@ -53,7 +53,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[Server]:
     with running(COMMAND) as server:
         yield server
-        assert "Traceback" not in server.log, server.log
+        assert tracebacks(server.log) == 0, server.log
 
 
 @pytest.fixture

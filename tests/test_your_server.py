@@ -9,7 +9,7 @@ import pytest
 
 from tests.kit.commands import SERVERS
 from tests.kit.root import ROOT
-from tests.kit.servers import running
+from tests.kit.servers import running, tracebacks
 from tests.your_server import port_of
 
 CONTRACT = ROOT / "tests" / "test_contract.py"
@@ -75,7 +75,7 @@ def test_a_server_that_does_not_start_is_an_error() -> None:
     code, output = report(command("nothing:app"), "first_in")
     assert code == pytest.ExitCode.USAGE_ERROR, output
     assert 'Could not import module "nothing"' in output
-    assert "Traceback" not in output
+    assert tracebacks(output) == 0
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,11 @@ class Running(Server):
         """Let it run."""
 
 
+def tracebacks(log: str) -> int:
+    """Count the tracebacks in a log. If `"Traceback" not in log` fails, pytest takes minutes to say why."""
+    return log.count("Traceback")
+
+
 @contextmanager
 def running(
     command: list[str], port: int | None = None, env: dict[str, str] | None = None

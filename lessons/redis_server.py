@@ -216,14 +216,14 @@ class SecurePrimary(Primary, SSLConnection):
 
 async def find_node(urls: list[str], options: dict[str, Any]) -> tuple[str, int]:
     """Ask the nodes of a Redis Cluster which of them has the queue."""
-    failure: RedisError = RedisError("no node is named")
+    failure: Exception = RedisError("no node is named")
     for url in urls:
         try:
             async with Redis.from_url(url, **options) as node:
                 await node.exists(STREAM)
         except MovedError as elsewhere:
             return elsewhere.host, elsewhere.port
-        except RedisError as error:
+        except FAILED as error:
             failure = error
         else:
             address = urlsplit(url)

@@ -447,6 +447,7 @@ class Channel:
         self.wake = asyncio.Event()
         # Held by the partition that fetches. Two of them could fetch for the same room.
         self.turn = asyncio.Lock()
+        self.failures = 0  # of partitions that had the turn
 
     def partition(self, key: str) -> Partition:
         """Return the partition to which payloads with this key go."""
@@ -511,14 +512,25 @@ class Channel:
     async def fetch(self, partition: Partition) -> None:
         """Take as many payloads as the consumers have room for. If there are fewer, wait."""
         await partition.give_back_unknown()
+        failures = self.failures
         last_change = "0"
         while True:
+            # A node that hangs makes all partitions wait. Let it not do so again for each of its own.
+            if failures != self.failures:
+                failures = self.failures
+                await partition.call(partition.redis.ping())
             async with self.turn:
+                if failures != self.failures:
+                    continue
                 if not self.with_room:
                     self.wake.clear()
                     await self.wake.wait()
                 most = min(BATCH, sum(consumer.room for consumer in islice(self.with_room, BATCH)))
-                entries = await partition.take(most)
+                try:
+                    entries = await partition.take(most)
+                except WebSocketException:
+                    self.failures += 1
+                    raise
                 for payload_id, payload in entries:
                     self.deal(partition, payload_id, payload)
             if len(entries) < most:

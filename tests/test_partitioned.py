@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import redis
+from redis.crc import key_slot
 
 from tests.kit.clients import client, consumer, drain, receive, vanish, write
 from tests.kit.commands import CONSUMER, PRODUCER, uvicorn_command, with_options
 from tests.kit.constants import with_constants
-from tests.kit.redis import CLAIM_AFTER, DOWN_AFTER, FAILOVER, Node, shared_redis
+from tests.kit.redis import CLAIM_AFTER, DOWN_AFTER, FAILOVER, REDIS_TIMEOUT, Node, shared_redis
 from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import until, wait_for
 from tests.kit.workers import serving, worker
@@ -221,7 +222,7 @@ async def test_a_node_that_is_killed_stops_only_its_own_partitions(cluster: list
     """Its producers get 1013, the others go on, and so do the consumers. When it is back, nothing is lost."""
     homes = {}
     for number, stream in enumerate(STREAMS):
-        homes[number] = cluster[cluster[0].admin.cluster("KEYSLOT", stream) * 3 // 16384]
+        homes[number] = cluster[key_slot(stream.encode()) * 3 // 16384]
     assert len(set(homes.values())) == 3
     killed = homes[0]
     other = next(number for number, node in homes.items() if node is not killed)
@@ -242,4 +243,27 @@ async def test_a_node_that_is_killed_stops_only_its_own_partitions(cluster: list
             assert await taker.payload() == "4"
         assert f"{STREAMS[0]} waits, its producers get 1013" in server.log
         assert f"Redis is back: {STREAMS[0]}" in server.log
+        assert tracebacks(server.log) == 0
+
+
+async def test_a_node_that_hangs_delays_the_other_partitions_once(cluster: list[Node]) -> None:
+    """It answers nothing. The consumer waits for REDIS_TIMEOUT, but not again for each of its partitions."""
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in cluster)
+    command = with_constants(LESSON, REDIS_TIMEOUT=REDIS_TIMEOUT)
+    with running(command, env={"REDIS_URL": f"redis+cluster://{hosts}"}) as server:
+        for _, key in KEYS:
+            await send(server, key, labelled(key, 50))
+        streams = [stream for stream in STREAMS if key_slot(stream.encode()) * 3 // 16384 == 0]
+        hanging = {KEY_OF[STREAMS.index(stream)] for stream in streams}
+        assert len(hanging) == 4
+        async with consumer(server) as taker:
+            await taker.payloads(20)
+            cluster[0].stop()
+            try:
+                async with asyncio.timeout(3 * REDIS_TIMEOUT):
+                    received = [json.loads(await taker.payload())[0] for _ in range(50)]
+            finally:
+                cluster[0].go_on()
+            assert set(received) - hanging == set(KEY_OF.values()) - hanging
+            await taker.payloads(8 * 50 - 70)
         assert tracebacks(server.log) == 0

@@ -6,7 +6,7 @@ Of the contract, it keeps what does not need one order, or one capacity, for all
 import asyncio
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -46,10 +46,24 @@ KEYS = sorted({partition(str(key)): str(key) for key in range(100)}.items())
 KEY_OF = dict(KEYS)
 
 
-@pytest.fixture(scope="session", params=[LESSON])
-def command() -> list[str]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Server]:
     """The server for the tests of the contract."""
-    return COMMAND
+    with running(COMMAND) as server:
+        yield server
+
+
+@pytest.fixture(name="server")
+async def emptied(shared: Server) -> AsyncIterator[Server]:
+    yield shared
+    await drain(shared)  # of a test that failed
+    assert tracebacks(shared.log) == 0, shared.log
+
+
+@pytest.fixture
+def fresh() -> Iterator[Server]:
+    with running(COMMAND) as server:
+        yield server
 
 
 @pytest.fixture

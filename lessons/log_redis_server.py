@@ -236,7 +236,7 @@ class Storage:
                 address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
                 why = str(error) or "no answer"
                 log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
-            # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
+            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
             os._exit(3)
         tasks = [asyncio.create_task(self.keep_running(loop)) for loop in (self.watch, self.renew)]
         yield

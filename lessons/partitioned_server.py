@@ -5,9 +5,9 @@
 """Grow past one Redis: redis_server.py with its queue in PARTITIONS Streams of a Redis Cluster.
 
 Run `uvicorn lessons.partitioned_server:app` with REDIS_URL=redis+cluster://HOST:PORT,... and the
-clients as with redis_server.py. The key of a producer (`/ws/producer?key=alice`) says to which
-partition its payloads go. Each payload arrives at least once, as long as its node keeps what it has
-confirmed. The order is kept for each key, but not between keys.
+clients as with redis_server.py. A producer's key (`/ws/producer?key=alice`) picks the partition for
+its payloads. Each payload arrives at least once, as long as its node keeps what it has confirmed.
+Payloads with the same key stay in order. There is no order between keys.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ from starlette.types import Message
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
-PARTITIONS = 8  # the same for all workers; see the page before you change it
-CAPACITY = 1000  # payloads of each partition
+PARTITIONS = 8  # the same in all workers; read partitioned_server.md before you change it
+CAPACITY = 1000  # payloads in each partition
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or takes from it
@@ -180,7 +180,7 @@ class Unacknowledged:
     """The payloads that a consumer has and did not acknowledge yet, oldest first."""
 
     def __init__(self, prefetch: int) -> None:
-        self.payloads: deque[tuple[Partition, str]] = deque()  # their partitions, and ids there
+        self.payloads: deque[tuple[Partition, str]] = deque()  # partition, and id in Redis
         self.room = prefetch
         self.unsent: asyncio.Queue[str] = asyncio.Queue()
         self.sending_since = math.inf  # seconds, as time.monotonic() counts them
@@ -195,7 +195,7 @@ class Unacknowledged:
 
 
 class Primary(Connection):
-    """A connection to the Redis that has a Stream now. After a failover, that is another one."""
+    """A connection to the Redis that has the Stream. After a failover, that is another Redis."""
 
     def __init__(self, find: Callable[[], Awaitable[tuple[str, int]]], **options: Any) -> None:
         super().__init__(**options)
@@ -230,7 +230,7 @@ async def find_node(urls: list[str], options: dict[str, Any], stream: str) -> tu
 
 def connect(stream: str) -> Redis:
     """Return a client for a Stream, or raise ValueError. It connects when it is first used."""
-    # RedisCluster could be the client for all Streams. But if one node fails, it closes its
+    # One RedisCluster could serve all Streams. But if one node fails, RedisCluster closes its
     # connections to all nodes.
     # redis-py would repeat a command if the connection breaks: a payload could be queued twice.
     # Protocol 3, its default since 8.0, only adds notifications that nobody here reads.
@@ -267,16 +267,16 @@ def explain(error: Exception) -> str:
 
 
 def added(letter: tuple[str, Any]) -> list[int]:
-    """Return what sorts entries of a Stream by their ids, such as 1790000000123-0."""
+    """Return the two numbers in the id of a Stream's entry, such as 1790000000123-0, to sort by."""
     return [int(number) for number in letter[0].split("-")]
 
 
 class Partition:
-    """A part of the queue: a Stream in Redis. It redelivers what is not acknowledged."""
+    """A part of the queue, in a Redis Stream of its own. It redelivers what is not acknowledged."""
 
     def __init__(self, number: int) -> None:
-        # Redis Cluster keeps all keys with the same {tag} on one node, so that a script may use
-        # them together.
+        # Redis Cluster keeps all keys with the same {tag} on one node. A script may only use keys
+        # of one node.
         self.stream = f"{{queue:{number}}}"
         self.changed = f"{self.stream}:changed"  # wakes workers that wait for payloads
         self.dead_letters = f"{self.stream}:dead"  # a Stream of the payloads that were set aside
@@ -343,7 +343,7 @@ class Partition:
             self.line.release()
 
     async def take(self, most: int) -> list[tuple[str, str]]:
-        """Take the ids and the texts of at most so many payloads."""
+        """Take `most` payloads, or as many as there are. Return their ids and texts."""
         take = self.redis.eval(TAKE, 1, self.stream, GROUP, WORKER, RETURNED, most)
         return [(payload_id, payload) for payload_id, (_, payload) in await self.call(take)]
 
@@ -421,7 +421,7 @@ class Partition:
             await asyncio.sleep(0.2)
 
     async def check(self) -> str:
-        """Return why Redis fails, or an empty string."""
+        """Return why Redis fails, or an empty string if it works."""
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
                 await self.redis.eval(PUT, 2, self.stream, self.changed, GROUP, CAPACITY)
@@ -430,7 +430,7 @@ class Partition:
         return ""
 
     async def leave(self) -> None:
-        """Give everything back, in 2 seconds. If Redis is gone, other workers claim it."""
+        """Give all payloads back, within 2 seconds. If Redis is gone, other workers claim them."""
         with suppress(WebSocketException, TimeoutError):
             async with asyncio.timeout(2):
                 await self.give_back_unknown()
@@ -439,19 +439,19 @@ class Partition:
 
 
 class Channel:
-    """A bounded queue in several partitions, whose consumers get payloads from all of them."""
+    """A bounded queue, split into partitions. Its consumers get payloads from all of them."""
 
     def __init__(self) -> None:
         # The consumers with room for a payload. The first in line gets the next one.
         self.with_room: deque[Unacknowledged] = deque()
         self.wake = asyncio.Event()
-        # Held by the partition that fetches. Two of them could fetch for the same room.
+        # Held by the partition that fetches. Otherwise, two could fetch for the same room.
         self.turn = asyncio.Lock()
         self.failures = 0  # of partitions that had the turn
 
     def partition(self, key: str) -> Partition:
-        """Return the partition to which payloads with this key go."""
-        # Not hash(): each worker would get other results.
+        """Return the partition for payloads with this key."""
+        # Python's own hash() returns another number in each process.
         return self.partitions[zlib.crc32(key.encode()) % PARTITIONS]
 
     async def qsize(self) -> int:
@@ -494,7 +494,7 @@ class Channel:
             partition.give_back([payload_id])
 
     async def everywhere(self, call: Callable[[Partition], Awaitable[Any]]) -> list[Any]:
-        """Call a method of all partitions at once, and return what they return."""
+        """Call a method of all partitions at the same time, and return the results."""
         return await asyncio.gather(*(call(partition) for partition in self.partitions))
 
     async def dead(self) -> list[dict[str, Any]]:
@@ -515,7 +515,8 @@ class Channel:
         failures = self.failures
         last_change = "0"
         while True:
-            # A node that hangs makes all partitions wait. Let it not do so again for each of its own.
+            # If a node hangs, all partitions wait for the turn. Before its next turn, each one then
+            # pings its node, so that the others on the same node do not cause the same wait again.
             if failures != self.failures:
                 failures = self.failures
                 await partition.call(partition.redis.ping())
@@ -559,7 +560,7 @@ class Channel:
             self.partitions = [Partition(number) for number in range(PARTITIONS)]
             for partition in self.partitions:
                 why = await partition.check()
-                # The partitions of one node are enough to begin with.
+                # One partition whose node answers is enough to start.
                 if not why:
                     break
             else:
@@ -571,7 +572,7 @@ class Channel:
             # One worker says it for all.
             if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
                 log.error(problem)
-            # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
+            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
             os._exit(3)
         self.tasks = []
         for partition in self.partitions:
@@ -579,7 +580,7 @@ class Channel:
                 self.tasks.append(asyncio.create_task(partition.keep_running(loop)))
 
     async def stop(self) -> None:
-        """Give everything back, and count what is left."""
+        """Give all payloads back, and log how many are still queued."""
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
@@ -684,7 +685,7 @@ async def put_batch(websocket: WebSocket, partition: Partition, payloads: list[s
 @app.websocket("/ws/producer", dependencies=[Depends(same_origin)])
 async def producer(websocket: WebSocket, key: str | None = None) -> None:
     await websocket.accept()
-    # Without a key, the connection gets one of its own, so that its payloads stay in order.
+    # A connection without a key gets a random one, so that its payloads stay in order.
     partition = channel.partition(key or secrets.token_hex(8))
     # If the producer does not read its receipts, uvicorn cancels this endpoint when it stops.
     with suppress(asyncio.CancelledError):

@@ -198,7 +198,7 @@ class Unacknowledged:
 
 
 class Primary(Connection):
-    """A connection to the Redis that has the queue now. After a failover, that is another one."""
+    """A connection to the Redis that has the queue. After a failover, that is another Redis."""
 
     def __init__(self, find: Callable[[], Awaitable[tuple[str, int]]], **options: Any) -> None:
         super().__init__(**options)
@@ -507,13 +507,13 @@ class Channel:
             # One worker says it for all.
             if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
                 log.error(problem)
-            # After 3, uvicorn does not start it again. Of an exception it would log a traceback.
+            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
             os._exit(3)
         loops = (self.fetch, self.report, self.claim)
         self.tasks = [asyncio.create_task(self.keep_running(loop)) for loop in loops]
 
     async def stop(self) -> None:
-        """Give everything back, in 2 seconds. If Redis is gone, other workers claim it."""
+        """Give all payloads back, within 2 seconds. If Redis is gone, other workers claim them."""
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)

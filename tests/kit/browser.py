@@ -1,4 +1,4 @@
-"""What the tests of pages need: how to start Chromium, and what to look for in a page."""
+"""Options for Chromium, and checks that people can read and use a page."""
 
 from playwright.async_api import Page
 

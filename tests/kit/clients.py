@@ -1,4 +1,4 @@
-"""Real websocket clients, and ways to leave."""
+"""Real websocket clients, and ways to disconnect them."""
 
 import asyncio
 import json

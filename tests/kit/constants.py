@@ -1,4 +1,4 @@
-"""Start a lesson with other constants, so that a test need not wait as long, or send as much."""
+"""Start a lesson with other constants, so that a test waits less or sends less."""
 
 import atexit
 import shutil

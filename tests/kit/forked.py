@@ -1,6 +1,6 @@
-"""Start uvicorn in a process that has imported it already: a server is there in a tenth of the time.
+"""Start servers ten times as fast, in processes that have already imported uvicorn.
 
-The processes are forked off multiprocessing's fork server. From then on they are what `python -m uvicorn` is.
+multiprocessing's fork server forks the processes. After that, they behave like `python -m uvicorn`.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Networks and lists of processes of their own, and a network cable to pull (Linux only)."""
+"""Give a test its own network and its own list of processes, and a network cable to pull (Linux only)."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Marks for tests that need a program which this machine may lack. On CI it must be there."""
+"""Skip tests if the program that they need is not installed. On CI, it must be installed."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""web/playground.html in a browser."""
+"""Open web/playground.html in a browser, and use it."""
 
 import re
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Free ports for servers."""
+"""Find free ports for servers."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""A Redis of the tests' own, which they may stop and kill."""
+"""A Redis that belongs to the tests. They may stop it and kill it."""
 
 import atexit
 import itertools

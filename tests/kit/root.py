@@ -1,4 +1,4 @@
-"""Where the project is."""
+"""The top folder of the project."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real servers in processes of their own."""
+"""Real servers, each in its own process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Many payloads, while processes are killed."""
+"""Send many payloads while processes are killed."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""Log in at auth_server.py, and show it tokens."""
+"""Log in to auth_server.py, and make tokens for it."""
 
 import json
 import math

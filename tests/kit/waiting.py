@@ -1,4 +1,4 @@
-"""Wait for a condition, with a deadline. On a slow machine, TEST_SLOWNESS makes all deadlines later."""
+"""Wait for a condition, with a deadline. On a slow machine, TEST_SLOWNESS extends all deadlines."""
 
 import asyncio
 import itertools

@@ -7,14 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from fastapi import WebSocketException
+from fastapi import HTTPException, WebSocketException
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lessons import limits_server
@@ -300,6 +300,44 @@ def test_addresses_of_an_ipv6_64_count_as_one() -> None:
         assert guess(server, "user 7", "2001:db8:0:2::1") == 401
         mapped = [guess(server, f"name {number}", f"::ffff:192.0.2.{number}") for number in range(6)]
         assert mapped == [401] * 6
+
+
+def test_a_client_without_an_address_is_counted_by_what_the_proxy_calls_it() -> None:
+    """RFC 7239 lets a proxy write `unknown`."""
+    with running(COMMAND) as server:
+        statuses = [guess(server, f"user {number}", "unknown") for number in range(6)]
+        assert statuses == [401] * 5 + [429]
+
+
+def test_names_with_the_same_beginning_count_as_one() -> None:
+    """The server keeps 99 characters of a name, so that long names do not fill its memory."""
+    with running(COMMAND) as server:
+        statuses = [guess(server, "x" * 99 + str(number), f"192.0.2.{number}") for number in range(6)]
+        assert statuses == [401] * 5 + [429]
+
+
+async def test_a_right_password_takes_back_no_later_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOGIN_WINDOW after a login that succeeded, a later failure of the same client still counts."""
+    monkeypatch.setattr(limits_server, "failures", Counter())
+    connection: Any = SimpleNamespace(client=SimpleNamespace(host="192.0.2.1"))
+    form: Any = SimpleNamespace(username="alice")
+    login = asynccontextmanager(limits_server.limit_logins)
+    monkeypatch.setattr(limits_server, "LOGIN_WINDOW", 0.01)
+    async with login(connection, form):
+        pass
+    monkeypatch.setattr(limits_server, "LOGIN_WINDOW", 60)
+    with suppress(HTTPException):
+        async with login(connection, form):
+            raise HTTPException(401)
+    await asyncio.sleep(0.02)  # a timer that was set for 0.01 s has run by then
+    assert limits_server.failures == {"name alice": 1, "client 192.0.2.1": 1}
+
+
+def test_what_is_no_longer_counted_is_forgotten() -> None:
+    """Otherwise each client would leave something in the memory."""
+    counter = Counter(["one", "two", "two"])
+    limits_server.release(counter, ["one", "two"])
+    assert dict(counter) == {"two": 1}
 
 
 # The servers without limits, and the end

@@ -104,6 +104,7 @@ async def test_a_login_gives_a_token_with_the_scopes_of_the_user(door: Server) -
             pass
     _, _, asked = log_in(door, "bob", "builder", scope="consume produce admin")
     assert asked["scope"] == "consume"
+    assert log_in(door, "alice", "wonderland", scope="consume")[2]["scope"] == "consume"
 
 
 WAYS = [("door", "header"), ("door", "pair")]
@@ -179,11 +180,15 @@ async def test_a_bad_token_is_refused(door: Server, late_door: Server, path: str
         assert (websocket.close_code, websocket.close_reason) == (1008, reason)
 
 
+BASIC = {"additional_headers": {"Authorization": "Basic YWxpY2U6d29uZGVybGFuZA=="}}
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"additional_headers": {"Authorization": "Basic YWxpY2U6d29uZGVybGFuZA=="}},
+        BASIC,
+        {**BASIC, **pair(token())},
         {"additional_headers": [("Authorization", f"Bearer {token()}")] * 2},
         {"subprotocols": [Subprotocol("chat"), Subprotocol("bearer")]},
         pair(token(), "chat"),
@@ -358,6 +363,38 @@ async def test_one_password_is_checked_at_a_time() -> None:
         before = peak_memory(server)
         await asyncio.gather(*(asyncio.to_thread(log_in, server, "alice", "wonderland") for _ in range(6)))
         assert peak_memory(server) < before + 60
+
+
+SLOW_PASSWORDS = """
+import threading
+
+started, answered = threading.Event(), threading.Event()
+
+
+class Slow:
+    def verify(self, password, password_hash):
+        started.set()
+        return answered.wait(5)
+
+
+@app.get("/started")
+async def answer_while_a_password_is_checked():
+    if started.is_set():
+        answered.set()
+    return {}
+
+
+lesson.passwords = Slow()
+"""
+
+
+async def test_the_server_answers_others_while_it_checks_a_password() -> None:
+    """A check takes long on purpose, so it runs in a thread. This one takes until another answer is sent."""
+    with running(with_constants("lessons.auth_server", SLOW_PASSWORDS)) as server:
+        login = asyncio.create_task(asyncio.to_thread(log_in, server, "alice", "wonderland"))
+        while not login.done():
+            await asyncio.to_thread(server.get, "/started")
+        assert (await login)[0] == 200
 
 
 async def test_a_login_that_is_not_unicode_is_refused(door: Server) -> None:

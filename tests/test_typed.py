@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection
+from websockets.frames import Frame, Opcode
 
 from lessons.typed_server import Call, Client, Router
 from tests.checks import Leaving, check_foreign_page_is_refused
@@ -20,6 +21,7 @@ from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
 MEGABYTE = 1024 * 1024
+POST = {"id": 1, "type": "post", "board": "news", "text": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +83,10 @@ async def test_a_note_is_pushed_to_the_watchers_of_its_board(boards: Server) -> 
 async def test_a_burst_cuts_nobody_off(boards: Server) -> None:
     """More notes come than fit in an outbox. A watcher that reads gets all, and so does the poster."""
     notes = 3000
-    post = json.dumps({"id": 1, "type": "post", "board": "news", "text": "x"})
     async with client(boards, "/ws") as reader, client(boards, "/ws") as poster:
         for websocket in (reader, poster):
             await ask(websocket, id=1, type="watch", board="news")
-        write(poster, [post] * notes)
+        write(poster, [json.dumps(POST)] * notes)
         for _ in range(notes):
             assert json.loads(await receive(reader))["type"] == "note"
         types = Counter([json.loads(await receive(poster))["type"] for _ in range(2 * notes)])
@@ -111,6 +112,7 @@ async def test_a_burst_cuts_nobody_off(boards: Server) -> None:
         ('{"id": 5, "type": "echo"}', 5, ["text"], "Field required"),
         ('{"id": 6, "type": "watch", "board": "lost"}', 6, ["board"], "should be 'news' or 'jobs'"),
         ('{"id": 7, "type": "post", "board": "news", "text": ""}', 7, ["text"], "at least 1 character"),
+        (json.dumps({**POST, "id": 7, "text": "x" * 1001}), 7, ["text"], "at most 1000 characters"),
         ('{"id": 8, "type": "answer", "yes": true}', 8, ["type"], "user.answer"),
         ('{"id": 9, "type": "user.answer"}', 9, ["yes"], "Field required"),
         ('{"type": "fail"}', None, ["id"], "Field required"),
@@ -232,6 +234,18 @@ async def test_a_killed_client_watches_no_more(boards: Server, leave: Leaving) -
             else:
                 pytest.fail("it still watches")
     assert tracebacks(boards.log[mark:]) == 0
+
+
+async def test_the_last_calls_of_a_client_that_has_left_are_handled(boards: Server) -> None:
+    """There are more of them than fit in its outbox, and nobody takes the replies."""
+    calls = [json.dumps({"id": 1, "type": "echo", "text": ""})] * 1100
+    async with client(boards, "/ws") as watcher, client(boards, "/ws") as poster:
+        await ask(watcher, id=1, type="watch", board="news")
+        frames = [Frame(Opcode.TEXT, call.encode()) for call in [*calls, json.dumps(POST)]]
+        frames.append(Frame(Opcode.CLOSE, b""))
+        # In one write, so that the server reads the close frame before it replies.
+        poster.transport.write(b"".join(frame.serialize(mask=True) for frame in frames))
+        assert json.loads(await receive(watcher))["text"] == "x"
 
 
 @pytest.mark.parametrize("path", ["/ws", "/boards/news"])

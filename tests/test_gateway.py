@@ -239,6 +239,32 @@ async def test_the_upstream_gets_path_query_and_chosen_headers(gateway: Server) 
     assert request.headers["X-Forwarded-For"] == "127.0.0.1"
     assert "X-Admin" not in request.headers
     assert "Origin" not in request.headers
+    assert "Sec-WebSocket-Extensions" not in request.headers, "it would compress each message once more"
+
+
+@pytest.mark.parametrize("base", ["/base", "/base/"])
+async def test_the_upstream_may_have_a_path(base: str) -> None:
+    """The client's path comes behind it."""
+    paths: list[str] = []
+
+    async def note(websocket: ServerConnection) -> None:
+        assert websocket.request
+        paths.append(websocket.request.path)
+
+    with running(COMMAND, env={"UPSTREAM": ENV["UPSTREAM"] + base}) as gateway:
+        async with upstream(note), client(gateway, "/ws/x?y=1") as websocket:
+            await websocket.wait_closed()
+    assert paths == ["/base/ws/x?y=1"]
+
+
+async def test_the_gateway_uses_no_proxy() -> None:
+    """The upstream is a server of the same network, although other traffic may need a proxy."""
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    env = {**ENV, "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": ""}
+    with running(COMMAND, env=env) as gateway:
+        async with upstream(echo), client(gateway, "/ws/echo") as websocket:
+            await websocket.send("1")
+            assert await receive(websocket) == "1"
 
 
 @pytest.mark.parametrize(("known", "chosen"), [(["b", "c"], "b"), ([], None)])
@@ -541,6 +567,24 @@ async def test_if_the_client_dies_the_upstream_is_told(gateway: Server, way: Way
         async with client(gateway, "/ws/x") as websocket:
             await way(websocket)
         assert await told.end() == (1001, "the client went away")
+
+
+async def test_an_upstream_that_answers_no_close_frame_is_let_go(gateway: Server) -> None:
+    """The gateway waits for the answer, but not for long."""
+    release = asyncio.Event()
+
+    async def deaf(websocket: ServerConnection) -> None:
+        websocket.transport.pause_reading()
+        await release.wait()
+        websocket.transport.abort()
+
+    async with upstream(deaf):
+        try:
+            async with client(gateway, "/ws/x"):
+                pass
+            await all_gone(gateway)
+        finally:
+            release.set()
 
 
 async def test_messages_sent_before_a_close_frame_arrive(gateway: Server) -> None:

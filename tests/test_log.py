@@ -6,16 +6,32 @@ fails it. What only the server with Redis promises is in test_log_redis.py.
 
 import asyncio
 import json
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPConnection
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
 
+from lessons import log_server
 from tests.checks import fails
-from tests.kit.clients import client, gone, narrow, numbered, port, receive, reset, vanish
+from tests.kit.clients import (
+    client,
+    gone,
+    narrow,
+    numbered,
+    port,
+    receive,
+    reset,
+    until_its_socket_is_full,
+    vanish,
+    write,
+)
 from tests.kit.commands import uvicorn_command
 from tests.kit.constants import with_constants
 from tests.kit.log_clients import COMMANDS, consumer, event_source, produce, request, start_job
@@ -179,6 +195,25 @@ async def test_every_consumer_gets_every_event_once_in_order(server: Server) -> 
             await produce(server, "busy", numbered(100, start=start))
 
 
+async def test_a_fast_producer_makes_no_reading_consumer_miss_events(server: Server) -> None:
+    """It sends more events ahead than the server keeps."""
+    async with consumer(server, "fast") as taker:
+        await produce(server, "fast", numbered(1500))
+        assert [offset for offset, _ in await taker.events(1500)] == list(range(1, 1501))
+
+
+async def test_events_sent_before_closing_are_kept(server: Server) -> None:
+    """The producer gets no receipts, because the server reads its close frame with its events."""
+    payloads = numbered(100)
+    async with client(server, "/ws/hasty/producer") as producer:
+        frames = [Frame(Opcode.TEXT, payload.encode()) for payload in payloads]
+        frames.append(Frame(Opcode.CLOSE, b""))
+        producer.transport.write(b"".join(frame.serialize(mask=True) for frame in frames))
+        await producer.wait_closed()
+    async with consumer(server, "hasty", "0") as taker:
+        assert await taker.events(100) == [(int(json.loads(p)) + 1, json.loads(p)) for p in payloads]
+
+
 @pytest.mark.parametrize("after", ["", "x", "1:2:x", "0x1", ":"])
 async def test_a_bad_offset_is_refused(server: Server, after: str) -> None:
     async with client(server, f"/ws/bad/consumer?after={after}") as websocket:
@@ -336,32 +371,50 @@ async def accepts(server: Server, stream: str) -> bool:
 
 
 async def test_a_stream_too_many_is_refused_until_one_expires(name: str) -> None:
-    constants = {"MAX_STREAMS": 2, "EXPIRE": 2}
+    """A stream with a consumer, an EventSource or a job does not expire."""
+    constants = {"MAX_STREAMS": 4, "EXPIRE": 2}
     if name == "log_redis_server":
         constants["HEARTBEAT"] = 1
     with running(with_constants(f"lessons.{name}", **constants)) as server:
-        await produce(server, "unused", ["1"])
-        async with consumer(server, "used") as taker:
-            async with client(server, "/ws/third/consumer") as refused:
+        job = start_job(server, "word " * 1000)
+        async with consumer(server, "used") as taker, event_source(server, "/streams/heard") as source:
+            await source.readuntil(b"event: start")
+            await produce(server, "unused", ["1"])
+            async with client(server, "/ws/fifth/consumer") as refused:
                 await refused.wait_closed()
             assert (refused.close_code, refused.close_reason) == (
                 1013,
                 "there are too many streams: try again later",
             )
-            assert request(server, "GET", "/streams/third")[0] == 503
+            assert request(server, "GET", "/streams/fifth")[0] == 503
             assert request(server, "POST", "/jobs", "words")[0] == 503
 
             def streams() -> set[str]:
                 found: set[str] = set(request(server, "GET", "/stats")[1]["streams"])
                 return found
 
-            assert streams() == {"unused", "used"}
+            assert streams() == {job, "used", "heard", "unused"}
             async with asyncio.timeout(TIMEOUT):
-                while not await accepts(server, "third"):
+                while not await accepts(server, "fifth"):
                     await asyncio.sleep(0.1)
-            assert streams() == {"used", "third"}
+            assert streams() == {job, "used", "heard", "fifth"}
             await produce(server, "used", ["1"])
             assert await taker.events(1) == [(1, 1)]
+
+
+async def test_a_stream_expires_when_it_was_not_used_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The while begins when its last user leaves, and again when somebody asks for it."""
+    now = 1000.0
+    monkeypatch.setattr(log_server, "time", SimpleNamespace(monotonic=lambda: now))
+    storage = log_server.Storage()
+    stream = await storage.open("a")
+    with stream.in_use():
+        now += 1000
+    for _ in range(3):
+        assert await storage.open("a") is stream
+        now += 200
+    now += 200
+    assert await storage.open("a") is not stream
 
 
 @pytest.mark.parametrize("path", ["/ws/a%20b/consumer", "/ws/a/b/producer", "/ws//consumer"])
@@ -399,8 +452,15 @@ async def test_a_foreign_page_is_refused(server: Server) -> None:
 # The end
 
 
-@pytest.mark.parametrize("options", [["--timeout-graceful-shutdown", "1"], []], ids=["limit", "no limit"])
-async def test_ctrl_c_ends_everything(name: str, options: list[str]) -> None:
+LIMIT = ["--timeout-graceful-shutdown", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [(LIMIT, signal.SIGINT), ([], signal.SIGINT), ([], signal.SIGTERM)],
+    ids=["limit", "no limit", "SIGTERM"],
+)
+async def test_ctrl_c_ends_everything(name: str, options: list[str], number: signal.Signals) -> None:
     """Consumers get 1012, and the responses to an EventSource end, even without a time limit."""
     command = [*COMMANDS[name][:4], *options, "--port"]
     with running(command) as server:
@@ -414,7 +474,7 @@ async def test_ctrl_c_ends_everything(name: str, options: list[str]) -> None:
             await taker.events(2)
             await source.readuntil(b"event: start")
             await busy.readuntil(b"event: start")
-            server.interrupt()
+            server.interrupt(number)
             for websocket in (taker.websocket, quiet.websocket):
                 await websocket.wait_closed()
                 assert websocket.close_code == 1012
@@ -422,3 +482,65 @@ async def test_ctrl_c_ends_everything(name: str, options: list[str]) -> None:
             assert b"event: end" not in await busy.read()
             assert server.ends_within(2) is not None
         assert tracebacks(server.log) == 0
+
+
+async def test_the_server_ends_although_its_clients_do_not_read(name: str) -> None:
+    """Uvicorn cancels their endpoints, and the log has no traceback."""
+    with running(COMMANDS[name]) as server:
+        async with (
+            client(server, "/ws/deaf/producer", sock=narrow(server), max_queue=1) as producer,
+            consumer(server, "deaf", sock=narrow(server), max_queue=1) as stuck,
+        ):
+            write(producer, numbered(100, 50_000))
+            await until_its_socket_is_full(server, stuck.websocket)
+            await until_its_socket_is_full(server, producer)
+            server.interrupt()
+            assert await asyncio.to_thread(server.ends_within, 3) is not None
+            producer.transport.abort()
+            stuck.websocket.transport.abort()
+        assert "timeout graceful shutdown exceeded" in server.log
+        assert tracebacks(server.log) == 0
+
+
+@pytest.fixture
+async def ended() -> log_server.Stream:
+    """A stream that has ended, with more events than a consumer gets in a row."""
+    storage = log_server.Storage()
+    stream = await storage.open("ended")
+    for payload in numbered(100):
+        await storage.append(stream, payload)
+    stream.end = "done"
+    return stream
+
+
+class Sent(list[str]):
+    """What the server sends to a consumer, whose socket is never full."""
+
+    async def send_text(self, frame: str) -> None:
+        self.append(frame)
+
+    async def close(self, code: int) -> None:
+        self.append(f"close {code}")
+
+
+async def test_a_server_that_stops_tells_no_consumer_that_it_has_everything(
+    ended: log_server.Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer that has not got all events of a stream that has ended gets 1012, and resumes later."""
+    stopping = asyncio.Event()
+    stopping.set()
+    monkeypatch.setattr(log_server, "stopping", stopping)
+    websocket: Any = Sent()
+    await log_server.send_events(websocket, ended, 1)
+    assert websocket == ["close 1012"]
+    assert [event.event async for event in log_server.events((ended, 1, {}))] == ["start"]
+
+
+async def test_consumers_that_read_old_events_take_turns(ended: log_server.Stream) -> None:
+    """Another one need not wait until the first one has all events."""
+    first: Any = Sent()
+    sending = asyncio.create_task(log_server.send_events(first, ended, 1))
+    await asyncio.sleep(0)
+    assert len(first) == log_server.BURST
+    await sending
+    assert len(first) == 100 + 2

@@ -6,7 +6,9 @@ import os
 import pty
 import random
 import re
+import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -467,8 +469,43 @@ def test_uvicorn_alone_says_what_to_run() -> None:
         server.kill()
 
 
+async def test_a_receipt_does_not_wait_for_a_tcp_acknowledgement(tmp_path: Path) -> None:
+    """Without TCP_NODELAY, the second of two receipts waits for 40 ms, until the client's Linux sends one."""
+    (tmp_path / "uvloop.py").write_text("raise ImportError")  # it sets TCP_NODELAY by itself
+    with running(COMMAND, env={"PYTHONPATH": str(tmp_path)}) as server:
+        seconds = []
+        async with client(server, PRODUCER) as producer:
+            for _ in range(50):
+                connection = producer.transport.get_extra_info("socket")
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+                start = time.monotonic()
+                write(producer, ["1", "2"])
+                await receive(producer)
+                await receive(producer)
+                seconds.append(time.monotonic() - start)
+        assert min(seconds) < 0.03
+
+
+def test_a_worker_that_waits_for_payloads_is_woken_once(tmp_path: Path) -> None:
+    """The next payload wakes it again only if it has asked again."""
+    queue = runpy.run_path(str(ROOT / "multiproc_server.py"), run_name="__mp_main__")["SharedQueue"]()
+    address = str(tmp_path / "worker")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as worker, queue.socket:
+        worker.bind(address)
+        worker.setblocking(False)
+        for payload in ("1", "2"):
+            assert queue.take(address) == []
+            queue.put([payload])
+            assert worker.recv(100)
+            assert [text for _, text in queue.take("another worker")] == [payload]
+            queue.put([payload])
+            with pytest.raises(BlockingIOError):
+                worker.recv(100)
+            queue.take("another worker")
+
+
 async def test_the_queue_is_closed_to_others(fresh: Server) -> None:
     """The manager listens on a socket in a folder that only its user can enter, and on no port."""
-    sockets = unix_sockets(manager(fresh))
-    assert {socket.parent.stat().st_mode & 0o777 for socket in sockets} == {0o700}
+    paths = unix_sockets(manager(fresh))
+    assert {path.parent.stat().st_mode & 0o777 for path in paths} == {0o700}
     assert not manager(fresh).net_connections("tcp")

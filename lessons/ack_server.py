@@ -271,7 +271,7 @@ async def stats() -> dict[str, int | bool]:
 @app.get("/dead", dependencies=[Depends(same_origin)])
 async def dead() -> list[dict[str, Any]]:
     """List the dead letters, oldest first, at most 100."""
-    oldest = sorted(channel.dead)[:100]
+    oldest = channel.dead[:100]
     return [{"payload": entry.payload, "deliveries": entry.deliveries} for entry in oldest]
 
 

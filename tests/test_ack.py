@@ -89,6 +89,20 @@ async def test_the_server_sends_no_more_ahead_than_the_prefetch(server: Server, 
     assert await drain(server) == payloads[2:]
 
 
+async def test_consumers_with_a_large_prefetch_share_a_backlog(server: Server) -> None:
+    """Neither of two gets three times as much as the other, although each has room for everything."""
+    payloads = numbered(640)
+    async with consumer(server, MAX_PREFETCH) as one, consumer(server, MAX_PREFETCH) as other:
+        await produce(server, payloads)
+        counts = {one: 0, other: 0}
+        while sum(counts.values()) < len(payloads):
+            for taker in counts:
+                counts[taker] += len(await arrived(taker.websocket))
+        assert max(counts.values()) < 3 * min(counts.values())
+    await queued(server, len(payloads))
+    assert await drain(server) == payloads
+
+
 async def test_acknowledgements_may_come_together_and_in_parts(server: Server) -> None:
     """Six acknowledgements count as six, in whatever frames they come."""
     payloads = numbered(20)
@@ -257,7 +271,8 @@ async def test_a_consumer_that_does_not_read_is_disconnected(command: list[str])
         assert await receive(patient.websocket) == '"patient"'
         async with consumer(server, 1000, sock=narrow(server), max_queue=1) as stuck:
             await produce(server, payloads)
-            await queued(server, len(payloads))
+            back = f"{len(payloads)} queued payloads"
+            await until(lambda: server.queued() == len(payloads), back, 5 * SLOWNESS)
             assert await drain(server) == payloads
             stuck.websocket.transport.abort()
         await patient.websocket.send("ack")

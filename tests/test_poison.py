@@ -1,5 +1,6 @@
 """Poison messages: a payload that crashes every consumer is set aside, and only that payload."""
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -67,7 +68,8 @@ async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server
     assert server.stats()["dead"] == 1
     assert await drain(server) == ["1", "2"]
     assert server.retry() == 1
-    assert dead(server) == []
+    await crash(server, leave, payloads[0])
+    assert dead(server) == [], "it was set aside again at once"
     assert await drain(server) == payloads[:1]
 
 
@@ -111,6 +113,20 @@ async def test_a_consumer_that_leaves_on_purpose_does_not_count(server: Server, 
         await crash(server, leave, "1")
     assert dead(server) == []
     assert await drain(server) == ["1"]
+
+
+@acking
+async def test_a_server_that_ends_is_no_failure_of_its_consumers(command: list[str]) -> None:
+    """The payload on which a consumer works goes back to the queue, and its deliveries stay the same."""
+    lesson = command[3].removesuffix(":app")
+    with running(with_constants(lesson, MAX_DELIVERIES=1), env={"REDIS_URL": shared_redis().url()}) as server:
+        await produce(server, ["1"])
+        async with consumer(server) as taker:
+            assert await receive(taker.websocket) == "1"
+            server.interrupt()
+            await taker.websocket.wait_closed()
+        assert await asyncio.to_thread(server.ends_within, 3) is not None
+        assert "1 payloads were still queued" in server.log
 
 
 async def test_a_payload_that_was_not_sent_is_not_to_blame() -> None:

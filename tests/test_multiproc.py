@@ -180,6 +180,15 @@ async def test_waiting_consumers_cost_nothing(fresh: Server) -> None:
     assert await rate(fresh, 100, 5000) > 1000
 
 
+async def test_payloads_without_a_consumer_cost_nothing(fresh: Server) -> None:
+    """A worker whose consumers have all left takes no payloads, or it would give them back without end."""
+    async with AsyncExitStack() as stack:
+        for _ in range(16):
+            await stack.enter_async_context(consumer(fresh))
+    await produce(fresh, numbered(100))
+    await until(lambda: busy(fresh, 0.5) < 0.05, "the workers to be idle")
+
+
 async def test_waiting_consumers_of_the_naive_version_take_all_threads(naive: Server) -> None:
     """Each of them holds a thread, so producers have to wait."""
     async with AsyncExitStack() as stack:

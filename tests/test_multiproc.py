@@ -21,7 +21,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from tests.kit.clients import client, consumer, drain, numbered, produce, receive, write
+from tests.kit.clients import client, consumer, drain, narrow, numbered, produce, receive, settled, write
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS
 from tests.kit.ports import free_port
 from tests.kit.root import ROOT
@@ -282,6 +282,18 @@ async def test_killing_the_manager_ends_all_processes(fresh: Server, parked: int
     await until(lambda: not fresh.processes(), "all to end")
     assert "the process that held the queue died" in fresh.log
     assert fresh.log.count("worker stops: ") <= 2
+    assert tracebacks(fresh.log) == 0
+
+
+async def test_killing_the_manager_prints_no_traceback_though_a_consumer_does_not_read(fresh: Server) -> None:
+    """Its worker cannot give back the payload that was on its way."""
+    async with consumer(fresh, sock=narrow(fresh), max_queue=1) as stuck:
+        await produce(fresh, numbered(200, 50_000))
+        await settled(fresh)
+        manager(fresh).kill()
+        assert await asyncio.to_thread(fresh.ends_within, 5) is not None
+        stuck.websocket.transport.abort()
+    await until(lambda: not fresh.processes(), "all to end")
     assert tracebacks(fresh.log) == 0
 
 

@@ -285,6 +285,14 @@ async def test_a_departed_consumer_is_noticed(
         await gone(server, {port(taker.websocket)})
 
 
+async def test_a_consumer_that_leaves_at_once_harms_nobody(server: Server) -> None:
+    """Its connection is gone before the server has sent anything."""
+    for _ in range(50):
+        async with client(server, "/ws/short-visit/consumer") as websocket:
+            await reset(websocket)
+    await gone(server, {port(websocket)})
+
+
 # Jobs
 
 
@@ -314,6 +322,17 @@ async def test_a_job_that_fails_ends_its_stream(name: str) -> None:
             assert await taker.frame() == {"end": "failed"}
         assert f"{stream} failed: ValueError('as asked')" in server.log
         assert tracebacks(server.log) == 0
+
+
+async def test_jobs_end_before_the_storage_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Redis, the consumers of other servers hear of the end."""
+    monkeypatch.setattr(log_server, "storage", log_server.Storage())
+    monkeypatch.setattr(log_server, "listen_to_signals", lambda: None)
+    async with log_server.lifespan(log_server.app):
+        stream = await log_server.storage.open("job")
+        await log_server.storage.start_job(stream, log_server.run_job(stream, "word " * 1000))
+        await until(lambda: len(stream.events) > 0, "the first word")
+    assert stream.end == "stopped"
 
 
 @pytest.mark.parametrize(("body", "status"), [(b"{", 400), (b"NaN", 400), (b'"' + b"x" * 2**20 + b'"', 413)])

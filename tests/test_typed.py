@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from http.client import HTTPConnection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.frames import Frame, Opcode
 
+from lessons import typed_server
 from lessons.typed_server import Call, Client, Router
 from tests.checks import Leaving, check_foreign_page_is_refused
 from tests.kit.clients import arrived, client, narrow, receive, reset, vanish, write
@@ -203,6 +205,18 @@ async def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody_else(bo
         assert boards.rss() - before < 8 * MEGABYTE  # of the 15 that were sent to it
         stuck.transport.abort()
     assert tracebacks(boards.log[mark:]) == 0
+
+
+async def test_a_client_that_is_cut_off_watches_no_more() -> None:
+    """It does not count for the next push, although its endpoint has not ended yet."""
+    websocket: Any = SimpleNamespace(client=None)
+    slow = Client(websocket)
+    slow.endpoint = None  # or this test would be cancelled
+    slow.topics.add("news")
+    typed_server.clients.add(slow)
+    message = Call(id=1, type="x")
+    counts = [typed_server.push("news", message) for _ in range(typed_server.OUTBOX + 2)]
+    assert counts == [1] * (typed_server.OUTBOX + 1) + [0]
 
 
 async def test_a_client_that_reads_no_replies_is_not_read(boards: Server) -> None:

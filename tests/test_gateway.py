@@ -732,3 +732,21 @@ async def test_the_gateway_ends_although_a_client_does_not_read(own_gateway: Ser
         assert await asyncio.to_thread(own_gateway.ends_within, 2.5) is not None, own_gateway.log
         websocket.transport.abort()
     assert tracebacks(own_gateway.log) == 0
+
+
+async def test_the_gateway_ends_although_the_upstream_does_not_read(own_gateway: Server) -> None:
+    """Uvicorn cancels the endpoint, which waits for the upstream."""
+
+    async def deaf(websocket: ServerConnection) -> None:
+        await websocket.wait_closed()
+
+    async with upstream(deaf, max_queue=1), client(own_gateway, "/ws/x") as websocket:
+        with suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(0.3 * SLOWNESS):
+                    await websocket.send(bytes(100_000))
+        own_gateway.interrupt()
+        assert await asyncio.to_thread(own_gateway.ends_within, 2.5) is not None, own_gateway.log
+        websocket.transport.abort()
+    assert "Cancel 1 running task(s)" in own_gateway.log
+    assert tracebacks(own_gateway.log) == 0

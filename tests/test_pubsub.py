@@ -1150,6 +1150,17 @@ async def test_many_fast_publishers_drop_nothing(fresh: Server) -> None:
         assert sorted([await reader.data() for _ in range(1200)]) == sorted([*range(30)] * 40)
 
 
+@pytest.mark.parametrize("fresh", [program(BUFFER=200)], indirect=True, ids=["program"])
+async def test_a_client_that_sends_many_commands_ahead_gets_all_answers(fresh: Server) -> None:
+    """There are more of them than fit in its buffer."""
+    command = json.dumps({"type": "subscribe", "topic": "t"})
+    async with connected(fresh) as subscriber:
+        write(subscriber.websocket, [command] * 1000)
+        for _ in range(1000):
+            answer = json.loads(await receive(subscriber.websocket))
+            assert answer == {"type": "subscribed", "topic": "t"}
+
+
 @pytest.mark.parametrize("fresh", [program(BUFFER=5)], indirect=True, ids=["program"])
 async def test_a_subscriber_is_told_of_a_gap_where_it_is(fresh: Server) -> None:
     """A subscriber that reads a little now and then is told of each gap where it is: no sooner, no later.

@@ -75,7 +75,6 @@ class SharedQueue:
         # The addresses of the workers that want to know when there are more payloads.
         self.waiting: set[str] = set()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
 
     def qsize(self) -> int:
         return len(self.entries)

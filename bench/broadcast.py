@@ -178,13 +178,13 @@ def section(results: dict[str, Any]) -> str:
         if "failed" in (row := rows[work][server]):
             return "failed"
         cpu = row["cpu_us"]
-        return f"{cpu['median']:.1f} ({cpu['min']:.1f} to {cpu['max']:.1f}) x{cpu['ratio']:.2f}"
+        return f"{cpu['min']:.1f} (to {cpu['max']:.1f}) x{cpu['ratio']:.2f}"
 
     text = (
         "`pip install -r bench/requirements-peers.txt && python bench/broadcast.py --peers` measured this, "
         f"on {results['date']}, on {results['cores']} cores of {results['cpu']} that the clients and the "
-        f"server shared, with {versions}: server CPU in microseconds per delivered copy, the median of "
-        f"{results['rounds']} rounds (the lowest to the highest), and its ratio to the naive list's. Every "
+        f"server shared, with {versions}: server CPU in microseconds per delivered copy, the lowest of "
+        f"{results['rounds']} rounds (the highest in brackets), and its ratio to the naive list's. Every "
         "subscriber checked that every message came, once, in order."
     )
     table = grid(

@@ -27,10 +27,12 @@ from tests.kit.clients import (
     consumer_path,
     drain,
     gone,
+    noticed,
     numbered,
     port,
     produce,
     receive,
+    sockets_of,
     vanish,
 )
 from tests.kit.commands import CONSUMER, MAX_PREFETCH, PRODUCER
@@ -93,13 +95,13 @@ async def visits(server: Server, count: int, ways: list[Leaving]) -> int:
     async with AsyncExitStack() as stack:
         visitors = (client(server, CONSUMER, close_timeout=1 * SLOWNESS) for _ in range(count))
         websockets = [await stack.enter_async_context(visitor) for visitor in visitors]
-        ports = {port(websocket) for websocket in websockets}
+        sockets = sockets_of(server, websockets)
         await asyncio.gather(*(ways[i % len(ways)](websocket) for i, websocket in enumerate(websockets)))
         if not server.acks:  # there what a consumer says is ignored
             assert 1008 not in {websocket.close_code for websocket in websockets}
     with suppress(AssertionError):
-        await gone(server, ports)
-    return len(ports & server.connections())
+        await noticed(server, sockets)
+    return len(sockets & server.open_sockets())
 
 
 async def check_departed_consumers_swallow_nothing(server: Server, ways: list[Leaving]) -> None:

@@ -49,6 +49,7 @@ from tests.kit.clients import (
     drain,
     gone,
     narrow,
+    noticed,
     numbered,
     port,
     produce,
@@ -56,6 +57,7 @@ from tests.kit.clients import (
     receive_all,
     reset,
     settled,
+    sockets_of,
     vanish,
 )
 from tests.kit.commands import CONSUMER, PRODUCER, with_options
@@ -773,10 +775,10 @@ async def test_chaos_neither_loses_nor_duplicates_payloads(server: Server, seed:
                     await asyncio.sleep(rng.uniform(0, 0.01))
             await until(all_arrived, "all payloads to arrive")
             dying = rng.sample(list(takers), k=len(takers) * 2 // 3)
-            ports = {port(websocket) for websocket in dying}
+            sockets = sockets_of(server, dying)
             for websocket in dying:
                 await leave(websocket, rng.choice(ways_to_die))
-            await gone(server, ports)
+            await noticed(server, sockets)
         await asyncio.gather(*(leave(websocket, close) for websocket in list(takers)))
     assert received.keys() == set(sent)
     if not server.acks:

@@ -24,10 +24,12 @@ from tests.kit.clients import (
     client,
     gone,
     narrow,
+    noticed,
     numbered,
     port,
     receive,
     reset,
+    sockets_of,
     until_its_socket_is_full,
     vanish,
     write,
@@ -281,8 +283,9 @@ async def test_a_departed_consumer_is_noticed(
     server: Server, leave: Callable[[ClientConnection], Awaitable[None]]
 ) -> None:
     async with consumer(server, "left") as taker:
+        sockets = sockets_of(server, [taker.websocket])
         await leave(taker.websocket)
-        await gone(server, {port(taker.websocket)})
+        await noticed(server, sockets)
 
 
 async def test_a_consumer_that_leaves_at_once_harms_nobody(server: Server) -> None:

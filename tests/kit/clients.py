@@ -88,8 +88,19 @@ def port(websocket: ClientConnection) -> int:
 
 
 async def gone(server: Server, ports: set[int]) -> None:
-    """Wait until the server has noticed that the clients with these ports have left."""
+    """Wait until the server has noticed that the clients with these ports have left, without a reset."""
     await until(lambda: not ports & server.connections(), f"the server to let go of {ports}", 1 * SLOWNESS)
+
+
+def sockets_of(server: Server, websockets: Iterable[ClientConnection]) -> set[int]:
+    """Return the server's ends of these connections, for noticed()."""
+    inodes = server.sockets()
+    return {inodes[port(websocket)] for websocket in websockets}
+
+
+async def noticed(server: Server, sockets: set[int]) -> None:
+    """Wait until the server has closed its ends of connections, even of those that were reset."""
+    await until(lambda: not sockets & server.open_sockets(), "the server to let go", 1 * SLOWNESS)
 
 
 def write(websocket: ClientConnection, payloads: Iterable[str]) -> None:

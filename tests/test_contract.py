@@ -449,9 +449,10 @@ async def test_producers_that_wait_for_space_take_turns(command: list[str]) -> N
     turns = [name for name, _ in groupby(names)]
     for waiting in "abcdefgh":
         served = Counter[str]()
-        # After its last payload it waits no more: all of its payloads are queued, or it was refused.
-        last = max((place for place, name in enumerate(turns) if name == waiting), default=-1)
-        for name in turns[: last + 1]:
+        # Before its first payload, it may not have begun. After its last one it waits no more: all of its
+        # payloads are queued, or it was refused.
+        places = [place for place, name in enumerate(turns) if name == waiting]
+        for name in turns[places[0] : places[-1] + 1] if places else []:
             served[name] += 1
             if name == waiting:
                 served.clear()

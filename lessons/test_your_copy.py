@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi>=0.115.10", "psutil>=6", "pytest>=8", "uvicorn>=0.53", "websockets>=17.0"]
+# dependencies = ["fastapi>=0.115.10", "psutil>=6", "pytest>=8", "uvicorn>=0.53",
+#                 "websockets>=17.0"]
 # ///
 """Test a websocket server: copy this file beside your server, and run `pytest test_your_copy.py`.
 

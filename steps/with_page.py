@@ -1,8 +1,8 @@
 """Serve the page with any step, to watch the step in the browser.
 
-Run `uvicorn steps.with_page:step0`, and open http://127.0.0.1:8000. The names step0 to step7 are the
-apps of the files in this folder. Each gets two more routes, as in server.py: the page, and /stats,
-which tells the page how many payloads are queued.
+Run `uvicorn steps.with_page:step0`, and open http://127.0.0.1:8000. The names step0 to step7 are
+the apps of the files in this folder. Each gets two more routes, as in server.py: the page, and
+/stats, which tells the page how many payloads are queued.
 """
 
 import asyncio

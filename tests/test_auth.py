@@ -88,7 +88,7 @@ def naive_door() -> Iterator[Server]:
 
 
 async def test_a_login_gives_a_token_with_the_scopes_of_the_user(door: Server) -> None:
-    """It has all scopes, or those that were asked for, opens both websockets, and is not cached."""
+    """It has all scopes, or the chosen ones. It opens both websockets, and is not cached."""
     status, headers, answer = log_in(door, "alice", "wonderland")
     assert (status, headers["cache-control"]) == (200, "no-store")
     assert (answer["token_type"], answer["expires_in"], answer["scope"]) == (

@@ -99,7 +99,7 @@ def sockets_of(server: Server, websockets: Iterable[ClientConnection]) -> set[in
 
 
 async def noticed(server: Server, sockets: set[int]) -> None:
-    """Wait until the server has closed its ends of connections, even of those that were reset."""
+    """Wait until the server has closed these sockets. It also waits for connections that were reset."""
     await until(lambda: not sockets & server.open_sockets(), "the server to let go", 1 * SLOWNESS)
 
 

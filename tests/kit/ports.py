@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-# Below those that systems give to connections (ip_local_port_range); a node of a Redis Cluster also uses the
+# The system gives higher ports to connections (ip_local_port_range). A node of a Redis Cluster also uses the
 # port that is 10,000 higher.
 FIRST_PORT, LAST_PORT = 12_000, 21_999
 LAST_GIVEN = Path(tempfile.gettempdir()) / f"websocket-tests-port-{os.getuid()}"

@@ -54,7 +54,6 @@ class Server:
         folder = self.yours.folder if self.yours else ROOT
         self.rooms = "lessons.rooms_server:app" in command
         self.gateway = "tests.gateway_app:app" in command
-        self._address = f"0100007F:{self.port:04X}"  # as the kernel writes 127.0.0.1
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = env or {}
         with_redis = any(
@@ -93,7 +92,7 @@ class Server:
     @property
     def log(self) -> str:
         if not self._log.closed:
-            # Opened anew, because seeking in ours would move the server's position too.
+            # Open it again: the server shares our file position, so seeking would move the server's, too.
             self._logged = Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
         return self._logged
 
@@ -183,7 +182,7 @@ class Server:
     def connections(self) -> set[int]:
         """Return the ports of the clients whose connections it holds, even if they have left.
 
-        Not those that were reset: the kernel knows them no more, though the server may not have noticed.
+        It cannot see a connection that was reset: the kernel forgets it before the server notices.
         """
         return set(self.sockets())
 

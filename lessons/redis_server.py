@@ -128,6 +128,7 @@ return entries
 """
 # The group's own counter is 1 at the first delivery. A payload is always in exactly one of the two
 # Streams. Redis allows this even when its memory is full, but it would refuse a transaction.
+# A worker reports again if it got no answer. Others may have a payload by then: leave it to them.
 REPORT = """
 local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
 local group, worker, returned, most = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -137,8 +138,8 @@ for _, id in ipairs(report.acknowledged) do
     redis.call('XDEL', stream, id)
 end
 for _, id in ipairs(report.failed) do
-    local row = redis.call('XPENDING', stream, group, id, id, 1)[1]
-    if row and row[2] == worker then  -- else this is a repetition
+    local row = redis.call('XPENDING', stream, group, id, id, 1, worker)[1]
+    if row then
         local count = row[4]
         if count < most then
             redis.call(
@@ -153,12 +154,24 @@ for _, id in ipairs(report.failed) do
     end
 end
 for _, id in ipairs(report.returned) do
-    redis.call('XCLAIM', stream, group, returned, 0, id, 'JUSTID')
+    if #redis.call('XPENDING', stream, group, id, id, 1, worker) > 0 then
+        redis.call('XCLAIM', stream, group, returned, 0, id, 'JUSTID')
+    end
 end
 if #report.failed + #report.returned > 0 then
     redis.call('XADD', changed, 'MAXLEN', 1, '*', 'payloads', 'returned')
 end
 return set_aside
+"""
+# If Redis was slow, others may have a payload by now: leave it to them.
+RENEW = """
+local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
+for i = 3, #ARGV do
+    local id = ARGV[i]
+    if #redis.call('XPENDING', stream, group, id, id, 1, worker) > 0 then
+        redis.call('XCLAIM', stream, group, worker, 0, id, 'JUSTID')
+    end
+end
 """
 RETRY = """
 local stream, changed, dead = KEYS[1], KEYS[2], KEYS[3]
@@ -471,10 +484,10 @@ class Channel:
     async def claim(self) -> None:
         """Renew this worker's claims, and give back what dead workers had."""
         while True:
-            await asyncio.sleep(CLAIM_AFTER / 3)
+            # Renew first: after a long time without Redis, all claims look like those of the dead.
             if self.mine:
-                mine: list[Any] = list(self.mine)
-                await self.call(self.redis.xclaim(STREAM, GROUP, WORKER, 0, mine, justid=True))
+                await self.call(self.redis.eval(RENEW, 1, STREAM, GROUP, WORKER, *self.mine))
+            await asyncio.sleep(CLAIM_AFTER / 3)
             age = CLAIM_AFTER * 1000  # milliseconds
             dead = self.redis.xautoclaim(STREAM, GROUP, RETURNED, age, count=10_000, justid=True)
             if await self.call(dead):

@@ -531,6 +531,143 @@ async def test_a_killed_workers_payloads_are_claimed(crew: Server, crew_stream: 
         await until(crew_stream.is_empty, "the queue to be empty")
 
 
+async def test_living_workers_keep_their_payloads_through_a_long_outage(
+    crew: Server, crew_stream: Stream, broker: Redis
+) -> None:
+    """Redis is gone for longer than CLAIM_AFTER. Then no worker redelivers what the other still has."""
+    async with AsyncExitStack() as stack:
+        holders = [await stack.enter_async_context(client(crew, CONSUMER + "?prefetch=3"))]
+        await produce(crew, ["1"] * 3)
+        assert [await receive(holders[0]) for _ in range(3)] == ["1"] * 3
+        holders.append(await elsewhere(crew, stack, worker(crew, holders[0])))
+        await produce(crew, ["2"] * 3)
+        assert [await receive(holders[1]) for _ in range(3)] == ["2"] * 3
+        takers = [await elsewhere(crew, stack, worker(crew, holder)) for holder in holders]
+        broker.kill()
+        await asyncio.sleep(1.5 * CLAIM_AFTER)
+        broker.start()
+        redelivered = [asyncio.create_task(taker.recv()) for taker in takers]
+        done, _ = await asyncio.wait(redelivered, timeout=1.5 * CLAIM_AFTER)
+        assert not done
+        for holder in holders:
+            for _ in range(3):
+                await holder.send("ack")
+        await until(crew_stream.is_empty, "the queue to be empty")
+        for task in redelivered:
+            task.cancel()
+        await asyncio.wait(redelivered)
+
+
+# Of each lesson, the servers in the next two tests have one queue.
+LESSONS = pytest.mark.parametrize(
+    ("lesson", "constants"),
+    [("redis_server", {}), ("partitioned_server", {"PARTITIONS": 1})],
+    ids=["redis_server.py", "partitioned_server.py"],
+)
+LATE_RENEWAL = """
+import asyncio
+
+from redis.asyncio import Redis
+
+run, may_run = Redis.eval, asyncio.Event()
+
+
+async def renew(*args):
+    lesson.log.info("a renewal waits")
+    await may_run.wait()
+    await run(*args)
+    lesson.log.info("the renewal ran")
+
+
+Redis.eval = lambda *args: (renew if args[1] == lesson.RENEW else run)(*args)
+app.add_api_route("/renew", may_run.set)
+"""
+
+
+@LESSONS
+async def test_a_late_renewal_takes_nothing_back(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """A worker renews its claims, but the consumer leaves before Redis gets the call.
+
+    The payload still goes to the next consumer at once, and not only after CLAIM_AFTER.
+    """
+    url = broker.url()
+    constants = {**constants, "CLAIM_AFTER": CLAIM_AFTER, "REDIS_TIMEOUT": TIMEOUT}
+    command = with_constants(f"lessons.{lesson}", LATE_RENEWAL, **constants)
+    with running(command, env={"REDIS_URL": url}) as server, closing(redis.Redis.from_url(url)) as admin:
+
+        def is_returned() -> bool:
+            [stream] = admin.keys("{queue*}")
+            [row] = admin.xpending_range(stream, "workers", "-", "+", 1)
+            return row["consumer"] == b"returned"
+
+        await produce(server, ["1"])
+        async with client(server, CONSUMER) as holder:
+            assert await receive(holder) == "1"
+            await until(lambda: "a renewal waits" in server.log, "the renewal")
+        await until(is_returned, "the payload to be given back")
+        await asyncio.to_thread(server.get, "/renew")
+        await until(lambda: "the renewal ran" in server.log, "the renewal to run")
+        assert is_returned()
+        async with consumer(server) as taker:
+            assert await taker.payload() == "1"
+
+
+LOST_ANSWER = """
+import asyncio
+import json
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
+
+run, may_fail, lost = Redis.eval, asyncio.Event(), []
+
+
+async def report(*args):
+    await run(*args)
+    if json.loads(args[-1])["returned"] and not lost:
+        lost.append(args)
+        lesson.log.info("an answer gets lost")
+        await may_fail.wait()
+        raise ConnectionError("lost")
+    if lost:
+        lesson.log.info("reported again")
+    return []
+
+
+Redis.eval = lambda *args: (report if args[1] == lesson.REPORT else run)(*args)
+app.add_api_route("/fail", may_fail.set)
+"""
+
+
+@LESSONS
+async def test_a_repeated_report_takes_nothing_back(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """A worker gives a payload back, but gets no answer, and reports again. Meanwhile, another worker has it.
+
+    Its consumer gets it only once.
+    """
+    env = {"REDIS_URL": broker.url()}
+    constants = {**constants, "REDIS_TIMEOUT": TIMEOUT}
+    command = with_constants(f"lessons.{lesson}", LOST_ANSWER, **constants)
+    with (
+        running(command, env=env) as one,
+        running(with_constants(f"lessons.{lesson}", **constants), env=env) as other,
+    ):
+        await produce(one, ["1"])
+        async with client(one, CONSUMER) as holder:
+            assert await receive(holder) == "1"
+        await until(lambda: "an answer gets lost" in one.log, "the report")
+        async with client(other, CONSUMER + "?prefetch=2") as taker:
+            assert await receive(taker) == "1"
+            await asyncio.to_thread(one.get, "/fail")
+            await until(lambda: "reported again" in one.log, "the second report")
+            await produce(one, ["2"])
+            assert await receive(taker) == "2"
+
+
 async def test_nothing_is_lost_whatever_is_killed(
     crew: Server, crew_stream: Stream, impatient: list[str], broker: Redis
 ) -> None:

@@ -265,13 +265,15 @@ class Storage:
 
     async def renew(self) -> None:
         """Keep the streams and the jobs of this worker, and end the jobs of dead workers."""
+        # After a long time without Redis, all jobs look dead. Let other workers renew theirs first.
+        await self.renew_jobs()
         while True:
-            for name in await self.renew_jobs():
-                await self.end_job(name, "failed")
             for stream in list(self.streams.values()):
                 if stream.users > 0:
                     await self.write(stream.name)
             await asyncio.sleep(HEARTBEAT)
+            for name in await self.renew_jobs():
+                await self.end_job(name, "failed")
 
     async def renew_jobs(self) -> Any:
         """Say that the jobs of this worker are running. Return the jobs of dead workers."""

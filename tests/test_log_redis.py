@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from tests.kit.ports import free_port
 from tests.kit.redis import REDIS_TIMEOUT, Redis, lose, restore
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
-from tests.kit.waiting import TIMEOUT, until, wait_for
+from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 from tests.kit.workers import worker
 
 NAME = "log_redis_server"
@@ -270,6 +271,42 @@ async def test_consumers_go_on_when_redis_is_back(pair: list[Server], broker: Re
     assert [log.count("Redis is gone") for log in logs()] == [1, 1]
     async with consumer(other, job, "0") as taker:
         assert await ending(taker) == {"end": "failed"}
+
+
+PATIENT_JOB = """
+import asyncio
+
+may_write = asyncio.Event()
+
+
+async def write_words(stream, request):
+    await may_write.wait()
+    await lesson.storage.append(stream, "1")
+
+
+lesson.write_words = write_words
+app.add_api_route("/write", may_write.set)
+"""
+
+
+async def test_living_jobs_go_on_after_a_long_outage(broker: Redis, env: dict[str, str]) -> None:
+    """Redis is gone for longer than JOB_TIMEOUT. Then no server takes the jobs of the other for dead."""
+    heartbeat = math.ceil(SLOWNESS)
+    timeout = 3 * heartbeat
+    command = with_constants(f"lessons.{NAME}", PATIENT_JOB, HEARTBEAT=heartbeat, JOB_TIMEOUT=timeout)
+    with running(command, env=env) as one, running(command, env=env) as other:
+        pair = one, other
+        jobs = [start_job(server, "words") for server in pair]
+        broker.kill()
+        await asyncio.sleep(1.5 * timeout)
+        broker.start()
+        await until(lambda: all("Redis is back" in server.log for server in pair), "both to find Redis")
+        await asyncio.sleep(timeout)  # long enough for each to look for dead jobs
+        for server, job in zip(pair, jobs, strict=True):
+            await asyncio.to_thread(server.get, "/write")
+            async with consumer(server, job, "0") as taker:
+                assert await taker.events(1) == [(1, 1)]
+                assert await ending(taker) == {"end": "done"}
 
 
 async def test_consumers_hear_that_redis_has_lost_the_log(pair: list[Server], broker: Redis) -> None:

@@ -197,6 +197,8 @@ async def test_a_killed_worker_and_a_restart_lose_nothing(broker: Redis) -> None
                 await doomed.websocket.wait_closed()
                 await produce(server, "a", ['"after"'])
                 assert await other.events(3) == [(4, "3"), (5, "4"), (6, "after")]
+        # Ctrl+C in a worker that is still importing would print a traceback.
+        await until(lambda: server.log.count("Application startup complete") == 3, "the new worker")
         server.interrupt()
         assert server.ends_within(5) is not None
         check_quiet(server)

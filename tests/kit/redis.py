@@ -107,10 +107,13 @@ class Node(Redis):
 
     def follows(self, primary: Redis) -> bool:
         """Whether it has all that the primary has."""
-        replication = self.admin.info("replication")
-        return (replication["role"], replication.get("master_port")) == ("slave", primary.port) and (
-            replication["master_link_status"] == "up"
-        )
+        # The connection of `admin` may be one to the process that was killed.
+        with suppress(redis.ConnectionError):
+            replication = self.admin.info("replication")
+            return (replication["role"], replication.get("master_port")) == ("slave", primary.port) and (
+                replication["master_link_status"] == "up"
+            )
+        return False
 
     def close(self) -> None:
         self.admin.close()

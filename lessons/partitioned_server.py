@@ -69,7 +69,7 @@ GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that
 # Raised by calls to Redis: OSError if another call has just closed the connection.
 FAILED = (RedisError, OSError)
 # What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
-ELSEWHERE = "read only replica|UNBLOCKED|MOVED|cluster is down|slot not served"
+ELSEWHERE = "read only replica|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
@@ -104,7 +104,7 @@ end
 return waiting
 """
 # Payloads that came back go first. They are older than all that no worker has had. XCLAIM would
-# count each redelivery, but only FAIL is to count.
+# count each redelivery, but only failures are to count.
 TAKE = """
 local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
 local returned, most = ARGV[3], tonumber(ARGV[4])
@@ -385,7 +385,7 @@ class Partition:
         await self.call(self.redis.ping())
         rows = self.redis.xpending_range(self.stream, GROUP, "-", "+", len(known) + BATCH, WORKER)
         pending = {row["message_id"] for row in await self.call(rows)}
-        self.give_back(sorted(pending - known))
+        self.give_back(pending - known)
 
     async def report(self) -> None:
         """Tell Redis what was acknowledged or returned, for all consumers in one call."""

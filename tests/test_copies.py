@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lessons import partitioned_server, redis_server
 from tests.kit.commands import uvicorn_command
 from tests.kit.redis import shared_redis
 from tests.kit.root import ROOT
@@ -165,6 +166,11 @@ def test_a_partition_is_the_channel_of_redis_server(name: str) -> None:
         source = (ROOT / "lessons" / f"{file}.py").read_text()
         texts.append(dict(functions(ast.parse(source), source))[method])
     assert texts[0].replace("STREAM", "self.stream") == texts[1]
+
+
+@pytest.mark.parametrize("name", ["PUT", "COUNT", "TAKE", "REPORT", "RENEW", "RETRY", "LEAVE"])
+def test_the_scripts_of_partitioned_server_are_those_of_redis_server(name: str) -> None:
+    assert getattr(partitioned_server, name) == getattr(redis_server, name)
 
 
 def test_the_copies_of_a_function_in_the_clients_are_the_same_text() -> None:

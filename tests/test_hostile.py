@@ -21,6 +21,7 @@ from tests.checks import end
 from tests.kit.clients import (
     client,
     consumer,
+    consumer_path,
     narrow,
     numbered,
     produce,
@@ -404,10 +405,12 @@ def test_no_other_site_can_show_the_page_in_a_frame(server: Server) -> None:
         assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
 
 
-async def test_uvicorns_older_protocol_cancels_a_consumer_without_a_traceback() -> None:
+@pytest.mark.parametrize("name", ["server.py", "ack_server.py", "redis_server.py"])
+async def test_uvicorns_older_protocol_cancels_a_consumer_without_a_traceback(name: str) -> None:
     """With `--ws websockets`, uvicorn cancels the endpoint of a consumer that does not read its payloads."""
-    with running(with_options(SERVERS["server.py"], "--ws", "websockets")) as server:
-        async with client(server, CONSUMER, sock=narrow(server), max_queue=1) as websocket:
+    with running(with_options(SERVERS[name], "--ws", "websockets")) as server:
+        path = consumer_path(server, 300)
+        async with client(server, path, sock=narrow(server), max_queue=1) as websocket:
             await produce(server, numbered(300, 50_000))
             await until_its_socket_is_full(server, websocket)
             server.interrupt()

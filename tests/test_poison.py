@@ -5,11 +5,12 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from http.client import HTTPConnection
+from types import ModuleType
 
 import pytest
 from websockets.asyncio.client import ClientConnection
 
-from lessons import ack_server
+from lessons import ack_server, partitioned_server, redis_server
 from tests.kit.clients import consumer, drain, numbered, produce, receive, reset, vanish
 from tests.kit.commands import ACKING, SERVERS
 from tests.kit.constants import with_constants
@@ -60,6 +61,7 @@ async def crash(server: Server, leave: Leave, expected: str, prefetch: int = 1) 
 async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server, leave: Leave) -> None:
     """After MAX_DELIVERIES deliveries, the next consumer gets the payload behind it."""
     payloads = ['{"poison": "<b>"}', "1", "2"]
+    mark = len(server.log)
     await produce(server, payloads)
     for _ in range(MAX_DELIVERIES):
         assert dead(server) == []
@@ -67,6 +69,7 @@ async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server
     assert dead(server) == [{"payload": payloads[0], "deliveries": MAX_DELIVERIES}]
     assert server.stats()["dead"] == 1
     assert await drain(server) == ["1", "2"]
+    assert f"WARNING:  set aside after {MAX_DELIVERIES} deliveries: {payloads[0]}" in server.log[mark:]
     assert server.retry() == 1
     await crash(server, leave, payloads[0])
     assert dead(server) == [], "it was set aside again at once"
@@ -139,6 +142,23 @@ async def test_a_payload_that_was_not_sent_is_not_to_blame() -> None:
     unacknowledged.entries.append(ack_server.Entry(2, "2"))  # now the second one is on its way
     unacknowledged.blame()
     assert [entry.deliveries for entry in unacknowledged.entries] == [1, 0]
+
+
+@pytest.mark.parametrize("lesson", [redis_server, partitioned_server])
+async def test_in_redis_a_payload_that_was_not_sent_is_not_to_blame(lesson: ModuleType) -> None:
+    """More payloads may wait behind the one that is on its way."""
+    unacknowledged = lesson.Unacknowledged(prefetch=3)
+    unacknowledged.sending_since = time.monotonic()
+    unacknowledged.payloads.append("1")
+    unacknowledged.blame()
+    assert unacknowledged.failed == []
+    unacknowledged.payloads.append("2")
+    unacknowledged.unsent.put_nowait("2")
+    unacknowledged.blame()
+    assert unacknowledged.failed == []
+    unacknowledged.unsent.get_nowait()  # now the second one is on its way
+    unacknowledged.blame()
+    assert unacknowledged.failed == ["1"]
 
 
 @acking

@@ -63,6 +63,13 @@ def stream_url() -> str:
     return shared_redis().url()
 
 
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a Redis or a Sentinel that hangs: it accepts connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock.getsockname()[1]
+
+
 class Deployment:
     """A primary, its replica, and three Sentinels that watch them."""
 
@@ -282,8 +289,15 @@ async def test_a_read_only_replica_is_no_redis() -> None:
     """Redis becomes a replica: producers get 1013, /stats 503, and no server starts. Then it is promoted."""
     node = Node()
     with closing(node), running(COMMAND, env={"REDIS_URL": node.url(0)}) as server:
-        await produce(server, ["1", "2"])
-        async with consumer(server, prefetch=5) as taker:
+
+        def is_watched() -> bool:
+            return any("b" in row["flags"] for row in node.admin.client_list())
+
+        async with client(server, CONSUMER + "?prefetch=5") as taker:
+            await produce(server, ["1", "2"])
+            assert [await receive(taker) for _ in range(2)] == ["1", "2"]
+            # A call that only reads would still work.
+            await until(is_watched, "the worker to wait for more payloads")
             node.admin.replicaof("127.0.0.1", free_port())
             status, _, body = server.get("/stats")
             assert (status, "Redis does not answer" in body) == (503, True)
@@ -298,7 +312,7 @@ async def test_a_read_only_replica_is_no_redis() -> None:
             node.admin.replicaof("NO", "ONE")
             await produce(server, ["3"])
             assert server.get("/stats")[0] == 200
-            assert await taker.payloads(3) == ["1", "2", "3"]
+            assert await receive(taker) == "3"
         assert server.log.count("Redis is gone") == server.log.count("Redis is back") == 1
         assert tracebacks(server.log) == 0
 
@@ -315,9 +329,9 @@ WRONG_URLS = [
 ]
 
 
-def refusals(urls: list[str]) -> list[str]:
+def refusals(urls: list[str], command: list[str] = COMMAND) -> list[str]:
     """Start a server with each of the URLs. Each must end with exit code 3 and a line, which is returned."""
-    command = with_options(COMMAND, "--workers", "1")
+    command = with_options(command, "--workers", "1")
     servers = [Server(command, env={"REDIS_URL": url}) for url in urls]
     lines = []
     try:
@@ -347,6 +361,13 @@ def test_no_sentinel_and_no_node_at_the_start() -> None:
     lines = refusals([f"{scheme}://:s3cret@{hosts}/queue" for scheme in schemes])
     for scheme, line in zip(schemes, lines, strict=True):
         assert line.startswith(f"ERROR:    no Redis at {scheme}://{hosts}/queue (")
+
+
+def test_a_redis_that_hangs_at_the_start_is_reported(silent: int) -> None:
+    """The server waits for an answer, but not forever."""
+    command = with_constants("lessons.redis_server", REDIS_TIMEOUT=1)
+    [line] = refusals([f"redis://127.0.0.1:{silent}"], command)
+    assert line.startswith(f"ERROR:    no Redis at redis://127.0.0.1:{silent} (no answer): ")
 
 
 @cache
@@ -405,6 +426,15 @@ def sentinel_of(primary: Node, port: int, folder: Path, *options: str) -> Iterat
             yield port
         finally:
             process.kill()
+
+
+async def test_a_sentinel_that_hangs_is_passed_over(silent: int, tmp_path: Path) -> None:
+    """REDIS_URL names it first. The server asks the next one."""
+    with closing(Node()) as primary, sentinel_of(primary, primary.port, tmp_path) as port:
+        url = f"redis+sentinel://:s3cret@127.0.0.1:{silent},127.0.0.1:{port}/queue/0"
+        with running(COMMAND, env={"REDIS_URL": url, "SENTINEL_PASSWORD": "word"}) as server:
+            await produce(server, ["1", "2"])
+            assert await drain(server) == ["1", "2"]
 
 
 async def test_sentinels_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,12 +521,18 @@ def cluster() -> Iterator[list[Node]]:
 
 
 async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> None:
-    """REDIS_URL names two nodes without the queue. The server finds the third, and follows its failover.
+    """REDIS_URL names two nodes without the queue. The server finds the third, and follows its failovers.
+
+    It asks them for each connection to Redis, and not for each call.
 
     A server starts though the first node that REDIS_URL names is down.
 
     If REDIS_URL names one node as if it were the only Redis, the error says where the queue is.
     """
+
+    def asked() -> int:
+        return int(cluster[1].admin.info("stats")["total_connections_received"])
+
     [line] = await asyncio.to_thread(refusals, [f"redis://127.0.0.1:{cluster[1].port}"])
     assert f"(MOVED to 127.0.0.1:{cluster[0].port})" in line
     hosts = ",".join(f"127.0.0.1:{node.port}" for node in cluster[1:3])
@@ -506,18 +542,27 @@ async def test_the_server_finds_its_node_of_a_cluster(cluster: list[Node]) -> No
         async with consumer(server) as taker:
             assert await taker.payload() == "1"
         await until(lambda: server.queued() == 1, "the second payload to come back")
-        cluster[0].kill()
+        before = asked()
+        for _ in range(20):
+            server.queued()
+        assert asked() - before < 10
+        # Both nodes live on. The old one says that it is not the primary.
+        cluster[3].admin.cluster("FAILOVER")
         await until(cluster[3].is_primary, "the replica to be promoted", FAILOVER)
         await insist(server, "3")
-        assert await drain(server) == ["2", "3"]
+        await until(lambda: cluster[0].follows(cluster[3]), "the old primary to follow", FAILOVER)
+        cluster[3].kill()
+        await until(cluster[0].is_primary, "the old primary to be promoted", FAILOVER)
+        await insist(server, "4")
+        assert await drain(server) == ["2", "3", "4"]
         assert tracebacks(server.log) == 0
     # The node with the first slots is killed. Slots without a node are no reason to stop the others.
-    for node in cluster[2:]:
+    for node in (cluster[0], cluster[2]):
         node.admin.config_set("cluster-require-full-coverage", "no")
     cluster[1].kill()
     with running(COMMAND, env={"REDIS_URL": f"redis+cluster://{hosts}"}) as server:
-        await insist(server, "4")
-        assert await drain(server) == ["4"]
+        await insist(server, "5")
+        assert await drain(server) == ["5"]
 
 
 async def test_a_rolling_restart_loses_nothing(stream_url: str) -> None:

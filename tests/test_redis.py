@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,21 @@ import redis
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
+from lessons import redis_server
 from tests.checks import end, flood
-from tests.kit.clients import client, consumer, drain, gone, port, produce, receive, receive_all, vanish
+from tests.kit.clients import (
+    client,
+    consumer,
+    drain,
+    gone,
+    numbered,
+    port,
+    produce,
+    receive,
+    receive_all,
+    vanish,
+    write,
+)
 from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
 from tests.kit.constants import with_constants
 from tests.kit.needs import NGINX, needs_nginx
@@ -33,9 +46,17 @@ from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
 from tests.kit.workers import serving, worker, workers
 
 COMMAND = SERVERS["redis_server.py"]
+MAX_DELIVERIES = 5
+Leave = Callable[[ClientConnection], Awaitable[None]]
 SOON = 0.5 * SLOWNESS  # seconds in which what goes at once has gone
 PATIENCE = 1 * SLOWNESS  # seconds after which nginx gives up a connection on which nothing comes
 PING_INTERVAL = 0.25 * SLOWNESS  # seconds
+# For what both lessons promise of one Stream.
+LESSONS = pytest.mark.parametrize(
+    ("lesson", "constants"),
+    [("redis_server", {}), ("partitioned_server", {"PARTITIONS": 1})],
+    ids=["redis_server.py", "partitioned_server.py"],
+)
 NGINX_MAIN = """
 daemon off;
 master_process off;
@@ -93,6 +114,15 @@ class Stream:
 
     def is_empty(self) -> bool:
         return self.length() == self.pending() == 0
+
+    def deliveries(self) -> list[int]:
+        """How often each unacknowledged payload was delivered, as Redis counts."""
+        rows = self.client.xpending_range("{queue}", "workers", "-", "+", 1000)
+        return [row["times_delivered"] for row in rows]
+
+    def last_change(self) -> str:
+        """The entry that has last woken the workers."""
+        return str(self.client.xinfo_stream("{queue}:changed")["last-generated-id"])
 
     def workers(self) -> set[str]:
         """The names in the consumer group, but for the one that is no worker."""
@@ -225,6 +255,27 @@ async def test_returned_payloads_go_before_newer_ones(pair: list[Server]) -> Non
     assert order == ["5", *payloads[:5], *payloads[6:]]
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
+async def test_a_worker_takes_no_more_than_its_consumers_may_have(
+    pair: list[Server], stream: Stream, prefetch: int
+) -> None:
+    """A payload that came back is one of them. What a worker has takes up no space in the queue."""
+    payloads = ["1", "2", "3", "4"]
+    await produce(pair[0], payloads)
+    async with client(pair[0], CONSUMER) as holder:
+        assert await receive(holder) == "1"
+    await until(lambda: pair[0].queued() == 4, "the payload to come back")
+    async with client(pair[0], f"{CONSUMER}?prefetch={prefetch}") as taker:
+        assert [await receive(taker) for _ in range(prefetch)] == payloads[:prefetch]
+        assert stream.pending() == prefetch
+        for payload in payloads[prefetch:]:
+            await taker.send("ack")
+            assert await receive(taker) == payload
+        for _ in range(prefetch):
+            await taker.send("ack")
+        await until(stream.is_empty, "the queue to be empty")
+
+
 async def test_a_server_that_ends_gives_back_its_payloads(pair: list[Server], stream: Stream) -> None:
     """They come first, at another server, at once. Redis forgets the worker."""
     payloads = [str(number) for number in range(10)]
@@ -268,6 +319,43 @@ async def test_acknowledged_payloads_are_gone(pair: list[Server], stream: Stream
         for task in taking:
             task.cancel()
         await asyncio.gather(*taking, return_exceptions=True)
+    assert stream.client.xlen("{queue}:changed") == 1, "what wakes the workers is left behind"
+
+
+async def test_servers_that_have_nothing_to_do_seldom_ask_redis(pair: list[Server], stream: Stream) -> None:
+    """A worker that waits for payloads looks once a second. It does not repeat what it has reported."""
+
+    def scripts() -> int:
+        return int(stream.client.info("commandstats")["cmdstat_eval"]["calls"])
+
+    async with consumer(pair[0]) as taker:
+        await produce(pair[1], ["1", "2"])
+        assert await taker.payloads(2) == ["1", "2"]
+        await until(stream.is_empty, "the queue to be empty")
+        before, start = scripts(), time.monotonic()
+        await asyncio.sleep(1)
+        assert scripts() - before < 30 * (time.monotonic() - start)
+
+
+async def test_all_that_comes_back_wakes_the_workers(pair: list[Server], stream: Stream) -> None:
+    """They wait for the next entry in a second Stream. Without it, they look only once a second."""
+
+    async def woken() -> None:
+        await until(lambda: stream.last_change() != before, "the workers to be woken")
+
+    await produce(pair[0], ["1"])
+    leaves: list[Leave] = [ClientConnection.close, *[vanish] * MAX_DELIVERIES]
+    for leave in leaves:
+        before = stream.last_change()
+        async with client(pair[0], CONSUMER) as holder:
+            assert await receive(holder) == "1"
+            await leave(holder)
+            await woken()
+    assert pair[1].stats()["dead"] == 1
+    before = stream.last_change()
+    assert pair[1].retry() == 1
+    await woken()
+    assert await drain(pair[1]) == ["1"]
 
 
 async def test_a_receipt_says_that_redis_has_the_payload(
@@ -401,6 +489,8 @@ async def test_the_server_goes_on_when_redis_is_back(
             await gone(one, {port(holder) for holder in holders})
         finally:
             restore(broker, how)
+        if how == "emptied":  # no payload is needed to find out that Redis is back
+            await until(lambda: [server.get("/stats")[0] for server in pair] == [200, 200], "both servers")
         for server in pair:
             await produce(server, ["3"])
         expected = Counter({"3": 2} if how == "emptied" else {"1": 2, "3": 2})
@@ -419,30 +509,40 @@ async def test_the_server_goes_on_when_redis_is_back(
         assert received == expected
         for server, mark in zip(pair, marks, strict=True):
             log = server.log[mark:]
+            assert how != "stopped" or "Redis is gone (no answer)" in log
             assert re.findall("ERROR|Redis is gone|Redis is back", log) == [
                 *("ERROR", "Redis is gone", "Redis is back")
             ], log
 
 
-async def test_a_payload_that_redis_hands_over_late_is_delivered(pair: list[Server], broker: Redis) -> None:
-    """A worker asks for a payload. Redis answers, but so late that the worker no longer waits.
+async def test_payloads_that_redis_hands_over_late_are_delivered(
+    pair: list[Server], broker: Redis, stream: Stream
+) -> None:
+    """A worker asks for payloads. Redis answers, but so late that the worker no longer waits.
 
-    Its consumer gets the payload all the same, and not only after CLAIM_AFTER, as that of a worker that died.
+    Its consumer gets the payloads all the same, and not only after CLAIM_AFTER, as those of a dead worker.
+    Another consumer of the same worker has many older payloads.
     """
     server, _ = pair
-    await produce(server, ["1", "2"])
-    async with consumer(server) as taker:
-        assert await taker.payload() == "1"  # so that Redis knows the script that hands payloads over
-    await until(lambda: server.queued() == 1, "the second payload to be queued")
-    mark = len(server.log)
-    broker.stop()
-    try:
+    older, late = ["0"] * 300, numbered(300)
+    await produce(server, [*older, "1", *late])
+    async with client(server, CONSUMER + "?prefetch=300") as holder:
+        assert [await receive(holder) for _ in older] == older
         async with consumer(server) as taker:
-            await until(lambda: "Redis is gone" in server.log[mark:], "the worker to give up waiting")
+            assert await taker.payload() == "1"  # so that Redis knows the script that hands payloads over
+        await until(lambda: server.queued() == 300, "the others to be queued")
+        mark = len(server.log)
+        broker.stop()
+        try:
+            async with consumer(server, prefetch=300) as taker:
+                await until(lambda: "Redis is gone" in server.log[mark:], "the worker to give up waiting")
+                broker.go_on()
+                assert sorted(await taker.payloads(300)) == sorted(late)
+        finally:
             broker.go_on()
-            assert await taker.payload() == "2"
-    finally:
-        broker.go_on()
+        for _ in older:
+            await holder.send("ack")
+        await until(stream.is_empty, "the queue to be empty")
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -453,6 +553,8 @@ async def test_ctrl_c_ends_the_server_while_redis_is_gone(broker: Redis, how: st
             lose(broker, how)
             try:
                 await producer.send("1")
+                if how == "killed":
+                    await until(lambda: busy(server, 0.5) < 0.2, "the server to wait between its attempts")
                 server.interrupt()
                 # uvicorn waits for the endpoints for a second, and the server for Redis for two.
                 took = await asyncio.to_thread(server.ends_within, 6)
@@ -466,9 +568,10 @@ async def test_ctrl_c_ends_the_server_while_redis_is_gone(broker: Redis, how: st
 async def test_payloads_on_their_way_to_a_server_that_ends_come_back(
     crew: Server, crew_stream: Stream, impatient: list[str], broker: Redis
 ) -> None:
-    """They go to a consumer of another server."""
+    """They go to a consumer of another server. Redis forgets the worker, which has none of them."""
     payloads = [str(number) for number in range(5)]
     await produce(crew, payloads)
+    before = crew_stream.workers()
     with running(impatient, env={"REDIS_URL": crew_stream.url}) as leaver:
         broker.stop()
         try:
@@ -479,8 +582,42 @@ async def test_payloads_on_their_way_to_a_server_that_ends_come_back(
         finally:
             broker.go_on()
         assert await asyncio.to_thread(leaver.ends_within, 2) is not None
+    assert crew_stream.workers() <= before
     async with consumer(crew) as taker:
         assert await taker.payloads(5) == payloads
+
+
+NO_REPORT = """
+import asyncio
+
+
+async def report(queue):
+    await asyncio.Event().wait()
+
+
+getattr(lesson, "Partition", lesson.Channel).report = report
+"""
+
+
+@LESSONS
+async def test_a_server_that_ends_reports_what_is_left(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """It ends before the next report. What its consumer acknowledged is gone, and the rest is returned."""
+    url = broker.url()
+    command = with_constants(f"lessons.{lesson}", NO_REPORT, **constants)
+    with closing(redis.Redis.from_url(url)) as admin:
+        with running(command, env={"REDIS_URL": url}) as server:
+            await produce(server, ["1", "2"])
+            async with client(server, CONSUMER) as holder:
+                assert await receive(holder) == "1"
+                await holder.send("ack")
+                assert await receive(holder) == "2"
+                server.interrupt()
+                assert await asyncio.to_thread(server.ends_within, 10) is not None
+        [stream] = admin.keys("{queue*}")
+        assert admin.xlen(stream) == 1
+        assert [row["name"] for row in admin.xinfo_consumers(stream, "workers")] == [b"returned"]
 
 
 async def test_workers_share_the_queue(crew: Server, crew_stream: Stream) -> None:
@@ -520,15 +657,46 @@ async def test_a_killed_workers_payloads_are_claimed(crew: Server, crew_stream: 
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(2 * CLAIM_AFTER):
                 await taker.recv()
+        change = crew_stream.last_change()
         doomed.kill()
         killed = time.monotonic()
         assert [await receive(taker) for _ in range(3)] == payloads[:3]
         took = time.monotonic() - killed
         assert 0.5 * CLAIM_AFTER < took < 2 * CLAIM_AFTER, f"claimed after {took:.2f} s"
+        assert crew_stream.deliveries() == [1] * 6, "a claim counts as a failure of a consumer"
+        await until(lambda: crew_stream.last_change() != change, "the workers to be woken")
         for websocket in (keeper, taker):
             for _ in range(3):
                 await websocket.send("ack")
         await until(crew_stream.is_empty, "the queue to be empty")
+
+
+async def test_a_killed_servers_payloads_are_found_behind_many_others(
+    crew: Server, crew_stream: Stream, impatient: list[str]
+) -> None:
+    """The consumers of living workers have more than the 1000 that Redis looks through by default."""
+    older = numbered(1100)
+    async with (
+        client(crew, CONSUMER + "?prefetch=600") as one,
+        client(crew, CONSUMER + "?prefetch=500") as other,
+    ):
+        await produce(crew, older[:600])
+        await produce(crew, older[600:])
+        keepers = {one: 600, other: 500}
+        received = [await receive(keeper) for keeper, count in keepers.items() for _ in range(count)]
+        assert sorted(received) == sorted(older)
+        with running(impatient, env={"REDIS_URL": crew_stream.url}) as doomed:
+            async with client(doomed, CONSUMER) as holder:
+                await produce(crew, ["1"])
+                assert await receive(holder) == "1"
+                doomed.kill()
+        async with client(crew, CONSUMER) as taker:
+            assert await receive(taker) == "1"
+            await taker.send("ack")
+            for keeper, count in keepers.items():
+                for _ in range(count):
+                    await keeper.send("ack")
+            await until(crew_stream.is_empty, "the queue to be empty")
 
 
 async def test_living_workers_keep_their_payloads_through_a_long_outage(
@@ -558,12 +726,6 @@ async def test_living_workers_keep_their_payloads_through_a_long_outage(
         await asyncio.wait(redelivered)
 
 
-# Of each lesson, the servers in the next two tests have one queue.
-LESSONS = pytest.mark.parametrize(
-    ("lesson", "constants"),
-    [("redis_server", {}), ("partitioned_server", {"PARTITIONS": 1})],
-    ids=["redis_server.py", "partitioned_server.py"],
-)
 LATE_RENEWAL = """
 import asyncio
 
@@ -626,7 +788,8 @@ run, may_fail, lost = Redis.eval, asyncio.Event(), []
 
 async def report(*args):
     await run(*args)
-    if json.loads(args[-1])["returned"] and not lost:
+    news = json.loads(args[-1])
+    if (news["failed"] or news["returned"]) and not lost:
         lost.append(args)
         lesson.log.info("an answer gets lost")
         await may_fail.wait()
@@ -642,8 +805,9 @@ app.add_api_route("/fail", may_fail.set)
 
 
 @LESSONS
+@pytest.mark.parametrize("leave", [ClientConnection.close, vanish])
 async def test_a_repeated_report_takes_nothing_back(
-    broker: Redis, lesson: str, constants: dict[str, object]
+    broker: Redis, lesson: str, constants: dict[str, object], leave: Leave
 ) -> None:
     """A worker gives a payload back, but gets no answer, and reports again. Meanwhile, another worker has it.
 
@@ -659,6 +823,7 @@ async def test_a_repeated_report_takes_nothing_back(
         await produce(one, ["1"])
         async with client(one, CONSUMER) as holder:
             assert await receive(holder) == "1"
+            await leave(holder)
         await until(lambda: "an answer gets lost" in one.log, "the report")
         async with client(other, CONSUMER + "?prefetch=2") as taker:
             assert await receive(taker) == "1"
@@ -666,6 +831,192 @@ async def test_a_repeated_report_takes_nothing_back(
             await until(lambda: "reported again" in one.log, "the second report")
             await produce(one, ["2"])
             assert await receive(taker) == "2"
+
+
+SLOW_REPORT = """
+import asyncio
+
+from redis.asyncio import Redis
+
+run, may_run = Redis.eval, asyncio.Event()
+
+
+async def report(*args):
+    if not may_run.is_set():
+        lesson.log.info("a report waits")
+        await may_run.wait()
+    return await run(*args)
+
+
+def kept():
+    [queue] = getattr(lesson.channel, "partitions", [lesson.channel])
+    return [len(queue.mine), len(queue.acknowledged), len(queue.failed), len(queue.returned)]
+
+
+Redis.eval = lambda *args: (report if args[1] == lesson.REPORT else run)(*args)
+app.add_api_route("/report", may_run.set)
+app.add_api_route("/kept", kept)
+"""
+
+
+@LESSONS
+async def test_what_happens_during_a_report_is_in_the_next_one(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """While a worker reports to Redis, a consumer acknowledges, another one crashes, and a third one leaves.
+
+    Then Redis hears of all three, and the worker keeps nothing of it in memory.
+    """
+    url = broker.url()
+    constants = {**constants, "MAX_DELIVERIES": 1, "REDIS_TIMEOUT": TIMEOUT}
+    command = with_constants(f"lessons.{lesson}", SLOW_REPORT, **constants)
+    with running(command, env={"REDIS_URL": url}) as server, closing(redis.Redis.from_url(url)) as admin:
+
+        def keeps(*counts: int) -> bool:
+            return bool(json.loads(server.get("/kept")[2]) == list(counts))
+
+        async with AsyncExitStack() as stack:
+            holders = []
+            for payload in ("1", "2", "3"):
+                holder = await stack.enter_async_context(client(server, CONSUMER))
+                await produce(server, [payload])
+                assert await receive(holder) == payload
+                holders.append(holder)
+            acknowledging, crashing, leaving = holders
+            await acknowledging.send("ack")
+            await until(lambda: "a report waits" in server.log, "the report")
+            await produce(server, ["4"])
+            assert await receive(acknowledging) == "4"
+            await acknowledging.send("ack")
+            await acknowledging.close()
+            await vanish(crashing)
+            await leaving.close()
+            await until(lambda: keeps(0, 2, 1, 1), "the server to notice all of it")
+        await asyncio.to_thread(server.get, "/report")
+        await until(lambda: keeps(0, 0, 0, 0), "the next report")
+        stats = server.stats()
+        assert (stats["queued"], stats["dead"]) == (1, 1)
+        assert await drain(server) == ["3"]
+        [stream] = admin.keys("{queue*}")
+        await until(lambda: admin.xlen(stream) == 0, "Redis to forget what was acknowledged")
+
+
+SLOW_LOOK = """
+lesson.random.uniform = lambda low, high: 1  # second between two looks for space
+app.add_api_route("/waiting", lesson.channel.line.locked)
+"""
+
+
+async def test_producers_wait_in_line(broker: Redis) -> None:
+    """A producer waits for space, and looks for it from time to time. No other one takes it in between."""
+    command = with_constants("lessons.redis_server", SLOW_LOOK, CAPACITY=2, TIMEOUT=TIMEOUT)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await produce(server, ["1", "2"])
+        async with client(server, PRODUCER) as first, client(server, PRODUCER) as second:
+            await first.send("3")
+            await until(lambda: server.get("/waiting")[2] == "true", "the first one to wait")
+            async with client(server, CONSUMER + "?prefetch=2") as taker:
+                assert [await receive(taker) for _ in range(2)] == ["1", "2"]
+                await second.send("4")
+                assert await receive(second) == "4"
+                assert await receive(first) == "3"
+                for _ in range(2):
+                    await taker.send("ack")
+                assert [await receive(taker) for _ in range(2)] == ["3", "4"]
+
+
+async def test_producers_wait_in_line_for_a_limited_time(broker: Redis) -> None:
+    """Redis hangs, and so does the first in line. The next one gets 1013 before the first."""
+    limits = {"CAPACITY": 1, "TIMEOUT": 2 * SLOWNESS, "REDIS_TIMEOUT": 3 * TIMEOUT}
+    command = with_constants("lessons.redis_server", SLOW_LOOK, **limits)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await produce(server, ["1"])
+        async with client(server, PRODUCER) as first, client(server, PRODUCER) as second:
+            await first.send("2")
+            await until(lambda: server.get("/waiting")[2] == "true", "the first one to wait")
+            broker.stop()
+            try:
+                await second.send("3")
+                await second.wait_closed()
+            finally:
+                broker.go_on()
+            assert (second.close_code, second.close_reason) == (1013, "the queue is full: try again later")
+
+
+CUT = """
+from redis.asyncio.connection import Connection
+from redis.exceptions import ConnectionError
+
+read, cut = Connection.read_response, []
+
+
+async def read_response(connection, *args, **kwargs):
+    answer = await read(connection, *args, **kwargs)
+    if answer == 1 and not cut:  # one payload is queued
+        cut.append(connection)
+        await connection.disconnect()
+        raise ConnectionError("cut")
+    return answer
+
+
+Connection.read_response = read_response
+"""
+
+
+@LESSONS
+async def test_no_call_is_repeated(broker: Redis, lesson: str, constants: dict[str, object]) -> None:
+    """Redis queues a payload, but the answer gets lost. The producer gets 1013. The payload comes once."""
+    command = with_constants(f"lessons.{lesson}", CUT, **constants)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        async with client(server, PRODUCER) as producer:
+            await producer.send("1")
+            assert await receive_all(producer) == []
+            assert producer.close_code == 1013
+        assert await drain(server) == ["1"]
+
+
+@LESSONS
+async def test_a_server_that_ends_leaves_no_connection_open(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """Python would warn of it, if asked to."""
+    warn = 'import warnings\n\nwarnings.simplefilter("always", ResourceWarning)\n'
+    command = with_constants(f"lessons.{lesson}", warn, **constants)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await produce(server, ["1"])
+        assert await drain(server) == ["1"]
+        server.interrupt()
+        assert await asyncio.to_thread(server.ends_within, 10) is not None
+        assert "ResourceWarning" not in server.log
+
+
+async def test_dead_letters_may_come_back_to_a_full_queue(broker: Redis) -> None:
+    """Then it has more payloads than its capacity. Producers get no receipt until there is space again."""
+    command = with_constants("lessons.redis_server", CAPACITY=1, MAX_DELIVERIES=1)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await produce(server, ["1"])
+        async with client(server, CONSUMER) as crashing:
+            assert await receive(crashing) == "1"
+            await vanish(crashing)
+        await until(lambda: server.stats()["dead"] == 1, "the payload to be set aside")
+        await produce(server, ["2"])
+        assert server.retry() == 1
+        async with client(server, PRODUCER) as producer:
+            write(producer, ["3", "4"])
+            assert await receive_all(producer) == []
+            assert producer.close_code == 1013
+        assert await drain(server) == ["2", "1"]
+
+
+def test_a_worker_is_not_forgotten_while_it_has_payloads(broker: Redis) -> None:
+    """Redis would forget them, too."""
+    stream = Stream(broker.url())
+    name, changed, group = redis_server.STREAM, redis_server.CHANGED, redis_server.GROUP
+    with closing(stream.client):
+        stream.client.eval(redis_server.PUT, 2, name, changed, group, 10, "1")
+        assert stream.client.eval(redis_server.TAKE, 1, name, group, "a worker", "returned", 1)
+        stream.client.eval(redis_server.LEAVE, 1, name, group, "a worker")
+        assert stream.pending() == 1
 
 
 async def test_nothing_is_lost_whatever_is_killed(
@@ -791,15 +1142,39 @@ async def test_a_producer_is_told_why_redis_refuses(broker: Redis) -> None:
                 admin.config_set("maxmemory", 0)
         assert producer.close_code == 1013
         assert producer.close_reason
-        assert "Redis refuses: command not allowed when used memory" in producer.close_reason
+        reason = r"Redis refuses: command not allowed when used memory > 'maxmemory'\.( script: .*)?"
+        assert re.fullmatch(reason, producer.close_reason), producer.close_reason
         assert "closed with 1013: Redis refuses: command not allowed when used memory" in server.log
         await produce(server, ["2"])
         assert await drain(server) == ["2"]
         assert tracebacks(server.log) == 0
 
 
+async def test_a_long_refusal_fits_into_a_close_frame() -> None:
+    """Redis cannot write to its disk, and says so in 300 characters. A close frame takes 123 bytes."""
+    broker = Redis()
+    with closing(broker), running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+        with closing(redis.Redis(port=broker.port)) as connection:
+            admin: Any = connection
+            admin.config_set("save", "3600 1")
+            broker.remove_folder()
+            admin.bgsave()
+            await until(lambda: admin.info()["rdb_last_bgsave_status"] == "err", "Redis to fail")
+        async with client(server, PRODUCER) as producer:
+            await producer.send("1")
+            await producer.wait_closed()
+        assert producer.close_code == 1013
+        assert producer.close_reason
+        assert producer.close_reason.startswith("Redis refuses: ")
+        assert "Redis is configured to save RDB snapshots" in producer.close_reason
+        assert tracebacks(server.log) == 0
+
+
 async def test_the_queue_works_on_redis_cluster() -> None:
-    """A script may use two keys only if they have the same hash slot: a payload goes in, back, and out."""
+    """A script may use two keys only if they have the same hash slot: a payload goes in, back, and out.
+
+    If the cluster loses the slot, or another one and therefore stops, that is as if Redis were gone.
+    """
     broker = Redis("--cluster-enabled", "yes", "--databases", "1")
     admin: Any = redis.Redis(port=broker.port, decode_responses=True)
     with closing(broker), closing(admin):
@@ -811,3 +1186,14 @@ async def test_the_queue_works_on_redis_cluster() -> None:
                 assert await receive(holder) == "1"
             await until(lambda: server.queued() == 2, "the payload to come back")
             assert await drain(server) == ["1", "2"]
+            slot = admin.cluster("KEYSLOT", "{queue}")
+            admin.config_set("cluster-require-full-coverage", "no")
+            admin.cluster("DELSLOTS", slot)
+            assert "Redis does not answer" in server.get("/stats")[2]
+            assert "Redis is gone (Hash slot not served)" in server.log
+            admin.cluster("ADDSLOTS", slot)
+            await until(lambda: server.get("/stats")[0] == 200, "the server to find the slot")
+            admin.config_set("cluster-require-full-coverage", "yes")
+            admin.cluster("DELSLOTS", slot - 1)
+            await until(lambda: admin.cluster("INFO")["cluster_state"] == "fail", "the cluster to fail")
+            assert "Redis does not answer" in server.get("/stats")[2]

@@ -82,6 +82,10 @@ class Redis:
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
+    def remove_folder(self) -> None:
+        """Let it fail to write new files. It can still write to the file that it has open."""
+        self._folder.cleanup()
+
     def close(self) -> None:
         self.kill()
         self._folder.cleanup()

@@ -51,7 +51,7 @@ CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 RETRY = 0.04  # seconds between two attempts to queue payloads
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer takes in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in a row before the others get a turn
 BATCH = 64  # payloads that one call carries to the shared queue or from it
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 LOST = (EOFError, OSError)  # raised by calling a manager that has died
@@ -151,8 +151,10 @@ class Channel:
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
-        for taken in itertools.count(1):
-            waited = self.queue.empty()
+        taken = 0
+        while True:
+            if self.queue.empty():
+                taken = 0
             self.waiting += 1
             self.wanted.set()
             try:
@@ -167,8 +169,10 @@ class Channel:
                 self.queue.put_nowait((number, payload))
                 self.give_back()
                 raise
-            # While there are payloads, nothing above pauses: let the other consumers run.
-            if waited or taken % BURST == 0:
+            taken += 1
+            # While there are payloads, nothing above pauses: let the other consumers run. Do that
+            # often at first, or one consumer would take all of a small backlog.
+            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
                 await asyncio.sleep(0)
 
     async def fetch(self, worker: str) -> None:

@@ -37,7 +37,7 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer takes in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in a row before the others get a turn
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
 # Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
 # connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
@@ -110,8 +110,11 @@ class Channel:
         self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
     ) -> None:
         """Call `handle` with each payload, as long as the consumer has room for it."""
-        for taken in itertools.count(1):
+        taken = 0
+        while True:
             await unacknowledged.room.acquire()
+            if self.queue.empty():
+                taken = 0
             entry = await self.queue.get()
             # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
             unacknowledged.sending_since = time.monotonic()
@@ -120,8 +123,10 @@ class Channel:
                 self.space.release()
             await handle(entry.payload)
             unacknowledged.sending_since = math.inf
-            # While there are payloads, nothing above pauses: let the other consumers run.
-            if taken % BURST == 0:
+            taken += 1
+            # While there are payloads, nothing above pauses: let the other consumers run. Do that
+            # often at first, or one consumer would take all of a small backlog.
+            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
                 await asyncio.sleep(0)
 
     def redeliver(self, unacknowledged: Unacknowledged) -> None:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer takes in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in a row before the others get a turn
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
@@ -47,8 +47,10 @@ class Channel:
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
-        for taken in itertools.count(1):
-            waited = self.queue.empty()
+        taken = 0
+        while True:
+            if self.queue.empty():
+                taken = 0
             number, payload = await self.queue.get()
             try:
                 await handle(payload)
@@ -56,8 +58,10 @@ class Channel:
                 self.queue.put_nowait((number, payload))
                 raise
             self.space.release()
-            # While there are payloads, nothing above pauses: let the other consumers run.
-            if waited or taken % BURST == 0:
+            taken += 1
+            # While there are payloads, nothing above pauses: let the other consumers run. Do that
+            # often at first, or one consumer would take all of a small backlog.
+            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
                 await asyncio.sleep(0)
 
 

@@ -290,7 +290,7 @@ async def feed(server: Server, payloads: list[str]) -> None:
         await produce(server, payloads[start : start + step])
 
 
-async def check_fair(server: Server, count: int = 3000) -> None:
+async def check_fair(server: Server, count: int = 3000, prefetch: int | None = None) -> None:
     """Five consumers share the payloads. None gets three times what another of its worker gets."""
     payloads = [str(number) for number in range(count)]
     shares: list[list[str]] = [[] for _ in range(5)]
@@ -300,7 +300,7 @@ async def check_fair(server: Server, count: int = 3000) -> None:
             share.append(await taker.payload())
 
     async with AsyncExitStack() as stack:
-        takers = [await stack.enter_async_context(consumer(server)) for _ in shares]
+        takers = [await stack.enter_async_context(consumer(server, prefetch)) for _ in shares]
         workers = [worker(server, taker.websocket) for taker in takers]
         taking = [asyncio.create_task(take(*pair)) for pair in zip(takers, shares, strict=True)]
         try:

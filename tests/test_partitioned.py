@@ -281,3 +281,31 @@ async def test_a_node_that_hangs_delays_the_other_partitions_once(cluster: list[
             assert set(received) - hanging == set(KEY_OF.values()) - hanging
             await taker.payloads(8 * 50 - 70)
         assert tracebacks(server.log) == 0
+
+
+async def test_a_partition_that_moves_to_another_node_loses_nothing(cluster: list[Node]) -> None:
+    """Its Stream moves first, and for a moment no node serves it. A consumer has one of its payloads."""
+    slot = key_slot(STREAMS[0].encode())
+    source = cluster[slot * 3 // 16384]
+    target = cluster[(slot * 3 // 16384 + 1) % 3]
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in cluster)
+    with running(COMMAND, env={"REDIS_URL": f"redis+cluster://{hosts}"}) as server:
+        await send(server, KEY_OF[0], ["1", "2"])
+        async with client(server, CONSUMER) as holder:
+            assert await receive(holder) == "1"
+            target.admin.cluster("SETSLOT", slot, "IMPORTING", source.admin.cluster("MYID"))
+            source.admin.cluster("SETSLOT", slot, "MIGRATING", target.admin.cluster("MYID"))
+            source.admin.migrate("127.0.0.1", target.port, STREAMS[0], 0, 10_000)
+            await holder.send("ack")
+            await until(lambda: f"MOVED to 127.0.0.1:{target.port}" in server.log, "the server to notice")
+            others = source.admin.cluster("GETKEYSINSLOT", slot, 10)
+            source.admin.migrate("127.0.0.1", target.port, others, 0, 10_000)
+            for node in (target, source):
+                node.admin.cluster("SETSLOT", slot, "NODE", target.admin.cluster("MYID"))
+            assert await receive(holder) == "2"
+            await holder.send("ack")
+        await until(lambda: server.get("/stats")[0] == 200, "the partition", FAILOVER)
+        await send(server, KEY_OF[0], ["3"])
+        assert await drain(server) == ["3"]
+        assert f"Redis is back: {STREAMS[0]}" in server.log
+        assert tracebacks(server.log) == 0

@@ -408,17 +408,22 @@ def main() -> None:
         on_hangup = signal.getsignal(signal.SIGHUP)
         server = Multiprocess(config, [listener])
         signal.signal(signal.SIGHUP, on_hangup)
+        failure = None
         # If a signal came while the manager started, start no workers.
         if not signal.sigpending():
             threading.Thread(target=pass_on_signals, args=[server], daemon=True).start()
             threading.Thread(target=stop_with, args=[process, server], daemon=True).start()
-            # A worker that is killed while it starts breaks the pipe to it. All workers end now.
-            with suppress(BrokenPipeError):
+            try:
                 server.run()
+            except OSError as error:  # too many open files, or the worker was killed as it started
+                failure = f"a worker could not be started: {error}"
+                server.terminate_all()
+                server.join_all()
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]
         log.info("%d payloads were still queued", queue.qsize())
+        sys.exit(failure)
 
 
 if __name__ == "__main__":

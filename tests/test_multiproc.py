@@ -258,6 +258,23 @@ async def test_a_worker_killed_under_load_loses_only_what_it_was_sending(fresh: 
     assert len(received) == len(set(received)), "a payload came twice"
 
 
+@pytest.mark.parametrize("restart", [False, True], ids=["a worker dies", "rolling restart"])
+async def test_the_server_stops_if_it_cannot_start_a_worker(fresh: Server, restart: bool) -> None:
+    """The parent may open no more files. It says why, stops the other worker, and still has the queue."""
+    await produce(fresh, ["1", "2"])
+    parent = psutil.Process(fresh.process.pid)
+    parent.rlimit(psutil.RLIMIT_NOFILE, (parent.num_fds(), parent.num_fds()))
+    if restart:
+        parent.send_signal(signal.SIGHUP)
+    else:
+        workers(fresh)[0].kill()
+    assert_it_ended_quietly(fresh)
+    assert fresh.process.returncode == 1
+    lines = fresh.log.splitlines()
+    assert lines[-2].endswith("2 payloads were still queued")
+    assert lines[-1] == "a worker could not be started: [Errno 24] Too many open files"
+
+
 async def test_killing_the_parent_ends_all_processes(fresh: Server) -> None:
     """The workers and the manager notice, and end within 5 s."""
     async with consumer(fresh):

@@ -163,7 +163,7 @@ async def forward(websocket: WebSocket, path: str) -> None:
         raise WebSocketException(1008, "a path with .. could lead out of the upstream's path")
     await websocket.receive()  # the handshake
     opening = asyncio.create_task(open_upstream(websocket))
-    # The client can send nothing before it is accepted, but it may leave.
+    # A client must not send anything before it is accepted, but it may leave.
     leaving = asyncio.create_task(websocket.receive())
     await asyncio.wait([opening, leaving], return_when=asyncio.FIRST_COMPLETED)
     leaving.cancel()

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Keep one client from harming the others: uvicorn's websocket protocol, with six faults corrected.
+"""Keep one client from harming the others: uvicorn's websocket protocol, with seven faults corrected.
 
 Use it with any app, in one of three ways:
 
@@ -36,6 +36,11 @@ class Protocol(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         # After a protocol error, discard what the client still sends.
         if self.conn.parser_exc:
+            return
+        # A client must wait for the answer to its handshake (RFC 6455, section 4.1). What it sends
+        # before that makes uvicorn log a traceback, if it is junk.
+        if self.handshake_initiated and not self.handshake_complete:
+            self.transport.abort()
             return
         super().data_received(data)
         # The handshake is too large: its request line or one of its headers has more than 8,192

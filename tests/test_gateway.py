@@ -19,7 +19,7 @@ from websockets.typing import Subprotocol
 
 from tests.checks import MIB, fails
 from tests.kit.clients import client, narrow, receive, reset, vanish
-from tests.kit.commands import uvicorn_command
+from tests.kit.commands import uvicorn_command, with_options
 from tests.kit.constants import with_constants
 from tests.kit.ports import free_port
 from tests.kit.servers import Server, running, tracebacks
@@ -686,6 +686,56 @@ async def test_an_upstream_that_does_not_read_is_disconnected(impatient: Server)
         assert websocket.close_code == 1014
     assert tracebacks(impatient.log) == 0
     await all_gone(impatient)
+
+
+# A client that breaks the rules
+
+
+async def send_early(gateway: Server, early: bytes) -> bytes:
+    """Send a handshake and, while the upstream keeps it waiting, more bytes. Return what comes back."""
+    waiting, ended = asyncio.Event(), asyncio.Event()
+
+    async def silent(_: ServerConnection, request: Request) -> None:
+        waiting.set()
+        await ended.wait()
+
+    handshake = "GET /ws/x HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    handshake += f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    async with upstream(listen, process_request=silent):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        try:
+            writer.write(handshake.encode())
+            await waiting.wait()
+            writer.write(early)
+            with suppress(ConnectionResetError):
+                async with asyncio.timeout(TIMEOUT):
+                    return await reader.read()
+            return b""
+        finally:
+            ended.set()
+            writer.transport.abort()
+
+
+EARLY = {
+    "junk": b"\xff" * 9,
+    "text": Frame(Opcode.TEXT, b"early").serialize(mask=True),
+    "not UTF-8": Frame(Opcode.TEXT, b"\xff").serialize(mask=True),
+    "close": Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True),
+}
+
+
+async def test_a_client_that_does_not_wait_for_its_handshake_is_cut_off() -> None:
+    """With lessons/robust_protocol.py, nothing of it stays. Without, uvicorn logs a traceback."""
+    robust = with_options(COMMAND, "--ws", "lessons.robust_protocol:Protocol")
+    with running(robust, env=ENV) as gateway:
+        for early in EARLY.values():
+            assert await send_early(gateway, early) == b""
+            await all_gone(gateway)
+        assert tracebacks(gateway.log) == 0
+        assert "ERROR" not in gateway.log
+    with running(COMMAND, env=ENV) as gateway:
+        await send_early(gateway, EARLY["junk"])
+        assert tracebacks(gateway.log) == 1
 
 
 # Ctrl+C

@@ -28,12 +28,14 @@ from types import FrameType
 from typing import Annotated, Any, NamedTuple
 
 import uvicorn
+from anyio import BrokenResourceError
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -157,8 +159,10 @@ class Storage:
         """
         while not stopping.is_set():
             if offset < stream.first:
-                yield stream.first - offset
-                offset = stream.first
+                # The log may drop more events while the consumer gets this number.
+                missed = stream.first - offset
+                yield missed
+                offset += missed
             elif offset < stream.next:
                 yield stream.events[offset - stream.first]
                 offset += 1
@@ -226,6 +230,26 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 storage = Storage()
 stopping = asyncio.Event()
+
+
+class ClientsMayLeave:
+    """Middleware that keeps a client of server-sent events from causing a traceback.
+
+    If the client leaves, FastAPI raises BrokenResourceError (fastapi/fastapi#15725). If it does not
+    read, uvicorn cancels the response when it stops.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except* (BrokenResourceError, asyncio.CancelledError):
+            pass
+
+
+app.add_middleware(ClientsMayLeave)
 
 
 async def same_origin(connection: HTTPConnection) -> None:

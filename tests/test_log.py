@@ -380,6 +380,17 @@ async def test_an_event_source_that_leaves_is_noticed(server: Server) -> None:
     await until(lambda: server.connections() <= before, "the connection to end")
 
 
+async def test_an_event_source_that_leaves_amid_events_causes_no_traceback(server: Server) -> None:
+    """FastAPI raises an exception if an event waits to be sent."""
+    await produce(server, "visits", numbered(20, 500_000))
+    before = server.connections()
+    for _ in range(3):
+        async with event_source(server, "/streams/visits?after=0") as source:
+            await source.readuntil(b"event: start")
+        await until(lambda: server.connections() <= before, "the connection to end")
+    server.get("/")  # until then, it may not have logged everything
+
+
 # Limits
 
 
@@ -509,19 +520,38 @@ async def test_ctrl_c_ends_everything(name: str, options: list[str], number: sig
 async def test_the_server_ends_although_its_clients_do_not_read(name: str) -> None:
     """Uvicorn cancels their endpoints, and the log has no traceback."""
     with running(COMMANDS[name]) as server:
+        await produce(server, "long", numbered(20, 500_000))
         async with (
             client(server, "/ws/deaf/producer", sock=narrow(server), max_queue=1) as producer,
             consumer(server, "deaf", sock=narrow(server), max_queue=1) as stuck,
+            event_source(server, "/streams/long?after=0") as source,
         ):
             write(producer, numbered(100, 50_000))
             await until_its_socket_is_full(server, stuck.websocket)
             await until_its_socket_is_full(server, producer)
+            await source.readuntil(b"event: start")
             server.interrupt()
             assert await asyncio.to_thread(server.ends_within, 3) is not None
             producer.transport.abort()
             stuck.websocket.transport.abort()
         assert "timeout graceful shutdown exceeded" in server.log
         assert tracebacks(server.log) == 0
+
+
+async def test_events_that_are_dropped_while_their_number_is_sent_count_too() -> None:
+    """The consumer is slow, so the log drops ten more before it takes the number of the first five."""
+    storage = log_server.Storage()
+    stream = await storage.open("fast")
+    for payload in numbered(log_server.KEEP + 5):
+        await storage.append(stream, payload)
+    reading = storage.read(stream, 1)
+    assert await anext(reading) == 5
+    for payload in numbered(10):
+        await storage.append(stream, payload)
+    assert await anext(reading) == 10
+    event = await anext(reading)
+    assert isinstance(event, log_server.Event)
+    assert event.offset == 16
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 from websockets.asyncio.client import ClientConnection
 
-from tests.kit.clients import client, receive, write
+from tests.kit.clients import client, narrow, receive, write
 from tests.kit.commands import uvicorn_command
 from tests.kit.servers import Server
 from tests.kit.waiting import TIMEOUT
@@ -69,7 +69,7 @@ def start_job(server: Server, text: str) -> str:
 
 @asynccontextmanager
 async def event_source(server: Server, path: str, *headers: str) -> AsyncIterator[asyncio.StreamReader]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    reader, writer = await asyncio.open_connection(sock=narrow(server))
     lines = [f"GET {path} HTTP/1.1", "Host: localhost", *headers, "", ""]
     writer.write("\r\n".join(lines).encode())
     try:

@@ -443,12 +443,11 @@ class Partition:
         return ""
 
     async def leave(self) -> None:
-        """Give all payloads back, within 2 seconds. If Redis is gone, other workers claim them."""
-        with suppress(WebSocketException, TimeoutError):
-            async with asyncio.timeout(2):
-                await self.give_back_unknown()
-                await self.send_report()
-                await self.call(self.redis.eval(LEAVE, 1, self.stream, GROUP, WORKER))
+        """Give all payloads back. If Redis is gone, other workers claim them."""
+        with suppress(WebSocketException):
+            await self.give_back_unknown()
+            await self.send_report()
+            await self.call(self.redis.eval(LEAVE, 1, self.stream, GROUP, WORKER))
 
 
 class Channel:
@@ -593,13 +592,14 @@ class Channel:
                 self.tasks.append(asyncio.create_task(partition.keep_running(loop)))
 
     async def stop(self) -> None:
-        """Give all payloads back, and log how many are still queued."""
+        """Give all payloads back within 2 seconds, and log how many are still queued."""
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
-        await self.everywhere(Partition.leave)
-        with suppress(WebSocketException):
-            log.info("%d payloads were still queued", await self.qsize())
+        with suppress(WebSocketException, TimeoutError):
+            async with asyncio.timeout(2):
+                await self.everywhere(Partition.leave)
+                log.info("%d payloads were still queued", await self.qsize())
         for partition in self.partitions:
             await partition.redis.aclose()
 
@@ -765,11 +765,13 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
 
 
 async def or_503() -> AsyncIterator[None]:
-    """Let an HTTP endpoint answer 503 if Redis fails, since HTTP has no close codes."""
+    """Let an HTTP endpoint answer 503 if Redis fails, or if uvicorn cancels it when it stops."""
     try:
         yield
     except WebSocketException as error:
         raise HTTPException(503, error.reason) from None
+    except asyncio.CancelledError:
+        raise HTTPException(503, "the server is stopping") from None
 
 
 @app.get("/stats", dependencies=[Depends(or_503)])

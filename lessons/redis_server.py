@@ -698,11 +698,13 @@ async def consumer(websocket: WebSocket, prefetch: Prefetch = 1) -> None:
 
 
 async def or_503() -> AsyncIterator[None]:
-    """Let an HTTP endpoint answer 503 if Redis fails, since HTTP has no close codes."""
+    """Let an HTTP endpoint answer 503 if Redis fails, or if uvicorn cancels it when it stops."""
     try:
         yield
     except WebSocketException as error:
         raise HTTPException(503, error.reason) from None
+    except asyncio.CancelledError:
+        raise HTTPException(503, "the server is stopping") from None
 
 
 @app.get("/stats", dependencies=[Depends(or_503)])

@@ -397,6 +397,21 @@ async def test_the_server_answers_others_while_it_checks_a_password() -> None:
         assert (await login)[0] == 200
 
 
+async def test_ctrl_c_ends_the_server_while_logins_wait() -> None:
+    """Each gets 503. One password is being checked, and the other login waits for its turn."""
+    slow = SLOW_PASSWORDS.replace("answered.wait(5)", "answered.wait(2)")
+    with running(with_constants("lessons.auth_server", slow)) as server:
+        logins = [
+            asyncio.create_task(asyncio.to_thread(log_in, server, "alice", "wonderland")) for _ in range(2)
+        ]
+        await until(lambda: len(server.connections()) == 2, "both logins to arrive")
+        server.get("/")  # by now, both requests were read
+        server.interrupt()
+        assert await asyncio.to_thread(server.ends_within, 4) is not None
+        assert [(await login)[0] for login in logins] == [503, 503]
+        assert tracebacks(server.log) == 0
+
+
 async def test_a_login_that_is_not_unicode_is_refused(door: Server) -> None:
     """A form names its own encoding, and in UTF-7 there are halves of surrogate pairs."""
     part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n+2AA-\r\n'

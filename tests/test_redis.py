@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -548,19 +549,28 @@ async def test_payloads_that_redis_hands_over_late_are_delivered(
         await until(stream.is_empty, "the queue to be empty")
 
 
+@LESSONS
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_ctrl_c_ends_the_server_while_redis_is_gone(broker: Redis, how: str) -> None:
-    """It prints no traceback, although a producer waits for a receipt."""
-    with running(COMMAND, env={"REDIS_URL": broker.url()}) as server:
+async def test_ctrl_c_ends_the_server_while_redis_is_gone(
+    broker: Redis, how: str, lesson: str, constants: dict[str, object]
+) -> None:
+    """It prints no traceback, although a producer waits for a receipt, and a request for its answer."""
+    command = with_constants(f"lessons.{lesson}", **constants)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
         async with consumer(server), client(server, PRODUCER), client(server, PRODUCER) as producer:
             lose(broker, how)
             try:
                 await producer.send("1")
                 if how == "killed":
                     await until(lambda: busy(server, 0.5) < 0.2, "the server to wait between its attempts")
+                asking = asyncio.create_task(asyncio.to_thread(server.get, "/stats"))
+                if how == "stopped":
+                    await until(lambda: len(server.connections()) == 4, "the request to arrive")
                 server.interrupt()
                 # uvicorn waits for the endpoints for a second, and the server for Redis for two.
-                took = await asyncio.to_thread(server.ends_within, 6)
+                took = await asyncio.to_thread(server.ends_within, 3.5)
+                with suppress(OSError, HTTPException):  # if the request came too late
+                    assert (await asking)[0] == 503
             finally:
                 restore(broker, how)
         assert took is not None, server.log

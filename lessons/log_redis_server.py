@@ -57,6 +57,8 @@ TOO_MANY = "there are too many streams: try again later"
 FRAME = '{"offset": %d, "payload": %s}'  # of an event
 BAD_AFTER = "`after` must be EPOCH:OFFSET or 0"
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+# Raised by calls to Redis: OSError, or RuntimeError from uvloop, if the connection has just closed.
+FAILED = (RedisError, OSError, RuntimeError)
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379/0")
@@ -215,7 +217,7 @@ class Storage:
             # The message of a script's error begins with the place in the script.
             why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
             raise Refusal(1013, 503, f"Redis refuses: {why:.90}") from None
-        except (RedisError, TimeoutError) as error:
+        except FAILED as error:
             if self.reachable:
                 why = str(error) or "no answer"
                 log.error("Redis is gone (%s): producers get 1013, consumers wait", why)
@@ -232,7 +234,7 @@ class Storage:
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
                 await self.redis.ping()
-        except (RedisError, TimeoutError) as error:
+        except FAILED as error:
             # One worker says it for all.
             if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
                 address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password

@@ -66,8 +66,8 @@ GROUP = "workers"
 RETURNED = "returned"  # not a worker: it owns the payloads that wait for redelivery
 WORKER = secrets.token_hex(8)
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
-# Raised by calls to Redis: OSError if another call has just closed the connection.
-FAILED = (RedisError, OSError)
+# Raised by calls to Redis: OSError, or RuntimeError from uvloop, if the connection has just closed.
+FAILED = (RedisError, OSError, RuntimeError)
 # What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
 ELSEWHERE = "read only replica|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]

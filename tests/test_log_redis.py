@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from typing import Any
 
 import pytest
 import redis
+from websockets.exceptions import ConnectionClosed
 
 from tests.diffs import without_docstring
 from tests.kit.clients import client, numbered
@@ -27,7 +28,7 @@ from tests.kit.log_clients import (
     start_job,
 )
 from tests.kit.ports import free_port
-from tests.kit.redis import REDIS_TIMEOUT, Redis, lose, restore
+from tests.kit.redis import REDIS_TIMEOUT, UVLOOP_FAILS, Redis, lose, restore
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
@@ -309,6 +310,27 @@ async def test_living_jobs_go_on_after_a_long_outage(broker: Redis, env: dict[st
             async with consumer(server, job, "0") as taker:
                 assert await taker.events(1) == [(1, 1)]
                 assert await ending(taker) == {"end": "done"}
+
+
+async def test_an_error_of_uvloop_counts_as_an_outage(broker: Redis) -> None:
+    """A producer gets 1013, and the consumer goes on when Redis is back."""
+    command = with_constants(f"lessons.{NAME}", UVLOOP_FAILS)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        async with consumer(server, "uvloop") as taker:
+            await produce(server, "uvloop", ["1"])
+            assert await taker.events(1) == [(1, 1)]
+            broker.kill()
+            for _ in range(2):  # the second time, there is certainly no connection any more
+                async with client(server, "/ws/uvloop/producer") as producer:
+                    with suppress(ConnectionClosed):
+                        await producer.send("2")
+                    await producer.wait_closed()
+                    assert producer.close_code == 1013
+            broker.start()
+            await until(lambda: "Redis is back" in server.log[-200:], "the server to find Redis")
+            await produce(server, "uvloop", ["3"])
+            assert await taker.events(1) == [(2, 3)]
+        check_quiet(server)
 
 
 async def test_consumers_hear_that_redis_has_lost_the_log(pair: list[Server], broker: Redis) -> None:

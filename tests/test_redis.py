@@ -39,7 +39,7 @@ from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
 from tests.kit.constants import with_constants
 from tests.kit.needs import NGINX, needs_nginx
 from tests.kit.ports import free_port
-from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, Redis, lose, restore
+from tests.kit.redis import CLAIM_AFTER, REDIS_TIMEOUT, UVLOOP_FAILS, Redis, lose, restore
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, busy, running, tracebacks
 from tests.kit.storm import Storm
@@ -954,6 +954,29 @@ async def test_producers_wait_in_line_for_a_limited_time(broker: Redis) -> None:
             finally:
                 broker.go_on()
             assert (second.close_code, second.close_reason) == (1013, "the queue is full: try again later")
+
+
+@LESSONS
+async def test_an_error_of_uvloop_counts_as_an_outage(
+    broker: Redis, lesson: str, constants: dict[str, object]
+) -> None:
+    """A producer gets 1013, and everything goes on when Redis is back."""
+    command = with_constants(f"lessons.{lesson}", UVLOOP_FAILS, **constants)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        async with consumer(server) as taker:
+            await produce(server, ["1"])
+            assert await taker.payload() == "1"
+            broker.kill()
+            for _ in range(2):  # the second time, there is certainly no connection any more
+                async with client(server, PRODUCER) as producer:
+                    await producer.send("2")
+                    await producer.wait_closed()
+                    assert producer.close_code == 1013
+            broker.start()
+            await until(lambda: server.get("/stats")[0] == 200, "the server to find Redis")
+            await produce(server, ["3"])
+            assert await taker.payload() == "3"
+        assert tracebacks(server.log) == 0
 
 
 CUT = """

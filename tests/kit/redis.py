@@ -25,6 +25,22 @@ CLAIM_AFTER = math.ceil(SLOWNESS)  # seconds, instead of 30, where a test waits 
 REDIS_TIMEOUT = math.ceil(2 * SLOWNESS)  # seconds, instead of 5
 DOWN_AFTER = 1000 * SLOWNESS  # milliseconds without an answer until a Redis counts as down
 FAILOVER = 6 * TIMEOUT  # seconds in which a replica must have been promoted
+# Code for a lesson: while Redis is gone, its calls raise what they sometimes raise with uvloop.
+UVLOOP_FAILS = """
+from redis.asyncio.connection import Connection
+
+connect = Connection.connect
+
+
+async def fail_like_uvloop(connection):
+    try:
+        await connect(connection)
+    except Exception:
+        raise RuntimeError("unable to perform operation on a closed transport") from None
+
+
+Connection.connect = fail_like_uvloop
+"""
 
 
 def redis_executable() -> str:

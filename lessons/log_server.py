@@ -34,7 +34,7 @@ from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic_core import from_json
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 if sys.version_info < (3, 11):
@@ -233,9 +233,10 @@ stopping = asyncio.Event()
 
 
 class ClientsMayLeave:
-    """Middleware that keeps a client of server-sent events from causing a traceback.
+    """Middleware that keeps an HTTP client from causing a traceback.
 
-    If the client leaves, FastAPI raises BrokenResourceError (fastapi/fastapi#15725). If it does not
+    If the client leaves while it sends its request, Starlette raises ClientDisconnect. If it leaves
+    while it gets events, FastAPI raises BrokenResourceError (fastapi/fastapi#15725). If it does not
     read, uvicorn cancels the response when it stops.
     """
 
@@ -245,7 +246,7 @@ class ClientsMayLeave:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.app(scope, receive, send)
-        except* (BrokenResourceError, asyncio.CancelledError):
+        except* (ClientDisconnect, BrokenResourceError, asyncio.CancelledError):
             pass
 
 

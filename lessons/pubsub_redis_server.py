@@ -77,6 +77,9 @@ class Send(BaseModel):
 
 Command = Annotated[Subscribe | Publish | Send, Field(discriminator="type")]
 COMMAND = TypeAdapter[Subscribe | Publish | Send](Command)
+# What an envelope begins with: the process that sent it, the topic, and the ids.
+Head = tuple[str, str | None, list[str] | None]
+HEAD = TypeAdapter[Head](Head)
 
 
 class Broker:
@@ -154,8 +157,8 @@ class Broker:
         """Handle an envelope. Other programs may use the channel, too."""
         try:
             await handle(data.decode())
-        except (TypeError, ValueError) as error:
-            log.error("the channel %s brought something that is not ours: %s", CHANNEL, error)
+        except ValueError:
+            log.error("the channel %s brought something that is not ours: %.80r", CHANNEL, data)
 
 
 class Subscriber:
@@ -298,7 +301,7 @@ async def receive(envelope: str | None) -> None:
         await fan_out(None, None, encode({"type": "dropped", "count": None}))
         return
     head, message = envelope.split("\n", 1)
-    process, topic, to = json.loads(head)
+    process, topic, to = HEAD.validate_json(head)
     if process != PROCESS:
         await fan_out(topic, to, message)
 

@@ -67,6 +67,9 @@ class Send(BaseModel):
 
 Command = Annotated[Subscribe | Publish | Send, Field(discriminator="type")]
 COMMAND = TypeAdapter[Subscribe | Publish | Send](Command)
+# What an envelope begins with: the process that sent it, the topic, and the ids.
+Head = tuple[str, str | None, list[str] | None]
+HEAD = TypeAdapter[Head](Head)
 
 
 class Broker:
@@ -217,7 +220,7 @@ async def receive(envelope: str | None) -> None:
         await fan_out(None, None, encode({"type": "dropped", "count": None}))
         return
     head, message = envelope.split("\n", 1)
-    process, topic, to = json.loads(head)
+    process, topic, to = HEAD.validate_json(head)
     if process != PROCESS:
         await fan_out(topic, to, message)
 

@@ -922,14 +922,29 @@ async def test_a_redis_that_does_not_answer_delays_no_local_subscriber(
 
 async def test_a_foreign_message_in_redis_is_only_logged(pair: list[Server], broker: Redis) -> None:
     """Another program published it on the same channel."""
+    junk: list[str | bytes] = [
+        "hello",
+        "",
+        "5\n{}",
+        "[1]\n{}",
+        "{\n{}",
+        "null\n{}",
+        b"\xff\n{}",
+        "[" * 100_000 + "\n{}",
+    ]
+    junk += [f'["x",{topic},null]\n{{}}' for topic in ("5", "true", '["t"]', "{}")]
+    junk += [f'["x",null,{ids}]\n{{}}' for ids in ("5", '"t"', "[[1]]")]
+    said = re.compile("ERROR: +the channel pubsub brought something that is not ours: .{,80}")
     marks = [len(server.log) for server in pair]
     async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
         with closing(redis.Redis(port=broker.port)) as stranger:
-            for junk in ("hello", "5\n{}", "[1]\n{}", "{\n{}"):
-                stranger.publish(redis_lesson.CHANNEL, junk)
+            for message in junk:
+                assert stranger.publish(redis_lesson.CHANNEL, message) == 2
         for server, mark in zip(pair, marks, strict=True):
-            await until(lambda: server.log[mark:].count("ERROR") > 0, "the line")  # noqa: B023
-        await until(lambda: listening(broker) == 2, "both to listen")
+            await until(lambda: server.log[mark:].count("ERROR") >= len(junk), "a line for each")  # noqa: B023
+            lines = [line for line in server.log[mark:].splitlines() if "INFO" not in line]
+            assert len(lines) == len(junk)
+            assert all(said.fullmatch(line) for line in lines)
         await here.say("publish", topic="t", data=1)
         assert await here.data() == await there.data() == 1
 

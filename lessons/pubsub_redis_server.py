@@ -56,6 +56,8 @@ CHANNEL = "pubsub"  # in Redis, one for all topics
 OUTBOX = 1000  # messages on their way to Redis; if there are more, publishers wait
 RETRY = 0.5  # seconds before the next attempt to reach Redis
 REDIS_TIMEOUT = 5  # seconds after which a Redis that does not answer counts as gone
+# Raised by calls to Redis. uvloop raises RuntimeError if the connection has just been closed.
+FAILED = (RedisError, OSError, RuntimeError)
 
 
 class Subscribe(BaseModel):
@@ -119,7 +121,7 @@ class Broker:
             while not self.outbox.empty():
                 envelopes.append(self.outbox.get_nowait())
             # If Redis is gone, subscribe() notices it too, and says so.
-            with suppress(RedisError):
+            with suppress(*FAILED):
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for envelope in envelopes:
                         pipe.publish(CHANNEL, envelope)
@@ -135,7 +137,7 @@ class Broker:
                     while True:
                         message = await pubsub.get_message(timeout=REDIS_TIMEOUT)
                         if message is None:
-                            await self.redis.ping()  # raises RedisError if Redis is not just silent
+                            await self.redis.ping()  # raises an error if Redis is not just silent
                         elif message["type"] == "message":
                             await self.open(message["data"], handle)
                         elif message["type"] == "subscribe":
@@ -145,7 +147,7 @@ class Broker:
                                 log.info("Redis is back")
                                 await handle(None)
                             gone = False
-            except RedisError as error:
+            except FAILED as error:
                 self.connected.clear()
                 self.tried.set()
                 if not gone:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 import redis
+import redis.asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
@@ -947,6 +948,35 @@ async def test_a_foreign_message_in_redis_is_only_logged(pair: list[Server], bro
             assert all(said.fullmatch(line) for line in lines)
         await here.say("publish", topic="t", data=1)
         assert await here.data() == await there.data() == 1
+
+
+async def test_an_error_of_uvloop_does_not_stop_the_broker(
+    broker: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop raises RuntimeError if Redis closes a connection that redis-py has just opened."""
+    connection_class: Any = redis.asyncio.Connection
+    connect = connection_class.connect
+    failures = 0
+
+    async def fail_at_first(connection: object) -> None:
+        nonlocal failures
+        failures += 1
+        if failures <= 2:  # the first connections of forward() and subscribe()
+            raise RuntimeError("unable to perform operation on <TCPTransport closed=True>")
+        await connect(connection)
+
+    monkeypatch.setattr(connection_class, "connect", fail_at_first)
+    came: list[str | None] = []
+
+    async def handle(envelope: str | None) -> None:
+        came.append(envelope)
+
+    one = redis_lesson.Broker(broker.url())
+    await one.outbox.put("lost")  # so that forward() connects at once, too
+    async with asyncio.timeout(TIMEOUT), one.connect(handle):
+        await one.connected.wait()
+        await one.send("an envelope")
+        await until(lambda: "an envelope" in came, "the envelope")
 
 
 async def test_a_server_without_redis_serves_its_own_clients() -> None:

@@ -116,16 +116,26 @@ class Broker:
 
     async def forward(self) -> None:
         """Send to Redis what is in the outbox, all of it in one call. Keep nothing that fails."""
+        envelopes: list[str] = []
         while True:
-            envelopes = [await self.outbox.get()]
+            if not envelopes:
+                envelopes.append(await self.outbox.get())
             while not self.outbox.empty():
                 envelopes.append(self.outbox.get_nowait())
-            # If Redis is gone, subscribe() notices it too, and says so.
-            with suppress(*FAILED):
+            try:
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for envelope in envelopes:
                         pipe.publish(CHANNEL, envelope)
                     await pipe.execute()
+                envelopes = []
+            except FAILED:
+                # If Redis is gone, subscribe() notices it too, and logs it.
+                envelopes = [self.lost()]
+                await asyncio.sleep(RETRY)
+
+    def lost(self) -> str:
+        """Return an envelope that tells the subscribers of the other processes of a gap."""
+        return json.dumps([PROCESS, None, None]) + "\n" + encode({"type": "dropped", "count": None})
 
     async def subscribe(self, handle: Callable[[str | None], Awaitable[None]]) -> None:
         """Handle what comes from Redis. If Redis is gone, say so once, and try until it is back."""
@@ -141,12 +151,13 @@ class Broker:
                         elif message["type"] == "message":
                             await self.open(message["data"], handle)
                         elif message["type"] == "subscribe":
-                            self.connected.set()
-                            self.tried.set()
                             if gone:
                                 log.info("Redis is back")
                                 await handle(None)
+                                await self.outbox.put(self.lost())
                             gone = False
+                            self.connected.set()
+                            self.tried.set()
             except FAILED as error:
                 self.connected.clear()
                 self.tried.set()

@@ -228,6 +228,11 @@ def listening(broker: Redis) -> int:
     return 0
 
 
+def knows_redis(server: Server) -> bool:
+    """Whether the server has logged a return of Redis for each time that Redis was gone."""
+    return server.log.count("Redis is gone") == server.log.count("Redis is back")
+
+
 class Connection:
     """A connection that speaks the protocol."""
 
@@ -854,6 +859,20 @@ async def test_a_direct_message_crosses_workers(crew: Server) -> None:
 # Redis goes away
 
 
+async def data_after_gaps(connection: Connection) -> Any:
+    """The data of the next message. Notices of gaps may come first."""
+    while (message := await connection.hear()) == GAP:
+        pass
+    return message["data"]
+
+
+async def check_messages_cross(here: Connection, there: Connection) -> None:
+    """They cross both ways. When they have, no notice of a gap is still on its way."""
+    for publisher in (there, here):
+        await publisher.say("publish", topic="t", data=publisher.id)
+        assert await data_after_gaps(here) == await data_after_gaps(there) == publisher.id
+
+
 async def test_messages_cross_again_when_redis_is_back(pair: list[Server], broker: Redis) -> None:
     """Connections stay, messages stay in their process meanwhile, and for ever; one line says so.
 
@@ -879,11 +898,8 @@ async def test_messages_cross_again_when_redis_is_back(pair: list[Server], broke
         for server, mark in zip(pair, marks, strict=True):
             await until(lambda: "Redis is back" in server.log[mark:], "the line")  # noqa: B023
         assert await here.hear() == await there.hear() == GAP
-        await there.say("publish", topic="t", data="after")
-        assert await here.data() == await there.data() == "after"
+        await check_messages_cross(here, there)
         assert time.monotonic() - back < 2 * SLOWNESS
-        await here.say("publish", topic="t", data="and back")
-        assert await here.data() == await there.data() == "and back"
     for server, mark in zip(pair, marks, strict=True):
         [line] = [line for line in server.log[mark:].splitlines() if "INFO" not in line]
         assert re.match("ERROR: +Redis is gone .*messages stay in their process", line)
@@ -915,10 +931,44 @@ async def test_a_redis_that_does_not_answer_delays_no_local_subscriber(
             await until(lambda: "Redis is back" in server.log[mark:], "the line")  # noqa: B023
         await until(lambda: listening(broker) == 2, "both to listen again")
         assert await here.hear() == await there.hear() == GAP
-        await there.say("publish", topic="t", data="after")
-        assert await here.data() == await there.data() == "after"
+        await check_messages_cross(here, there)
     for server, mark in zip(pair, marks, strict=True):
         assert server.log[mark:].count("ERROR") == 1
+
+
+async def test_all_subscribers_are_told_if_one_server_loses_its_connection(
+    pair: list[Server], broker: Redis
+) -> None:
+    """For what is published there meanwhile does not reach the subscribers of the other server."""
+    marks = [len(server.log) for server in pair]
+    async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
+        with closing(redis.Redis(port=broker.port)) as admin:
+            admin.client_kill_filter(_id=admin.client_list(_type="pubsub")[0]["id"])
+        assert await here.hear() == await there.hear() == GAP
+        await check_messages_cross(here, there)
+    logs = [server.log[mark:] for server, mark in zip(pair, marks, strict=True)]
+    assert sorted(log.count("Redis is gone") for log in logs) == [0, 1]
+
+
+async def test_subscribers_are_told_of_what_a_redis_that_hung_has_lost(
+    pair: list[Server], broker: Redis
+) -> None:
+    """It hangs too long for what is published, but answers before the servers count it as gone."""
+    async with connected(pair[0], "t") as here, connected(pair[1], "t") as there:
+        await check_messages_cross(here, there)
+        broker.stop()
+        try:
+            await here.say("publish", topic="t", data="lost")
+            assert await here.data() == "lost"
+            # After one REDIS_TIMEOUT, the message is lost. After two, Redis counts as gone.
+            await asyncio.sleep(1.5 * REDIS_TIMEOUT)
+        finally:
+            broker.go_on()
+        while await there.hear() != GAP:
+            pass  # the message may come late, too
+        # On a slow machine, Redis may have counted as gone.
+        await until(lambda: all(map(knows_redis, pair)), "both to know that Redis is there")
+        await check_messages_cross(here, there)
 
 
 async def test_a_foreign_message_in_redis_is_only_logged(pair: list[Server], broker: Redis) -> None:

@@ -35,6 +35,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from starlette.requests import ClientDisconnect
 from starlette.websockets import WebSocketDisconnect
 
 if sys.version_info < (3, 11):
@@ -452,20 +453,34 @@ async def connect(websocket: WebSocket) -> None:
             raise WebSocketException(1013, f"too slow: {BUFFER} messages waited") from None
 
 
+async def refuse_when_stopping() -> AsyncIterator[None]:
+    """Refuse a request that still waits when the server stops: uvicorn cancels it."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise HTTPException(503, "the server is stopping") from None
+
+
+# What both routes to publish depend on.
+POST = [Depends(same_origin), Depends(refuse_when_stopping)]
+
+
 async def body(request: Request) -> Any:
     """Return the JSON of a request, whatever its Content-Type: `curl -d` needs no header."""
     received = b""
-    async for chunk in request.stream():
-        received += chunk
-        if len(received) > MAX_MESSAGE:
-            raise HTTPException(413, f"a message has at most {MAX_MESSAGE} bytes")
     try:
+        async for chunk in request.stream():
+            received += chunk
+            if len(received) > MAX_MESSAGE:
+                raise HTTPException(413, f"a message has at most {MAX_MESSAGE} bytes")
         return from_json(received, allow_inf_nan=False)
+    except ClientDisconnect:
+        raise HTTPException(400, "the client left before it had sent all") from None
     except ValueError as error:
         raise HTTPException(400, f"not JSON: {error}") from None
 
 
-@app.post("/publish/{topic:path}", dependencies=[Depends(same_origin)])
+@app.post("/publish/{topic:path}", dependencies=POST)
 async def publish_by_http(topic: str, data: Annotated[Any, Depends(body)]) -> dict[str, int]:
     try:
         return {"reached": await publish(topic, data)}
@@ -473,7 +488,7 @@ async def publish_by_http(topic: str, data: Annotated[Any, Depends(body)]) -> di
         raise HTTPException(400, str(error)) from None
 
 
-@app.post("/broadcast", dependencies=[Depends(same_origin)])
+@app.post("/broadcast", dependencies=POST)
 async def broadcast_by_http(data: Annotated[Any, Depends(body)]) -> dict[str, int]:
     try:
         return {"reached": await send(None, data)}

@@ -1575,3 +1575,35 @@ async def test_the_server_ends_although_a_subscriber_does_not_read(
             await check_ends(fresh, number, 2.5, [reader.websocket])
         finally:
             slow.websocket.transport.abort()
+
+
+async def test_a_request_that_waits_for_redis_gets_503_when_the_server_stops() -> None:
+    """It waits because Redis hangs and the outbox is full."""
+    with closing(Redis()) as broker:
+        command = program("pubsub_redis_server", OUTBOX=1, REDIS_TIMEOUT=6 * TIMEOUT)
+        with running(command, env={"REDIS_URL": broker.url()}) as server:
+            async with connected(server, "t") as subscriber:
+                broker.stop()
+                posts = [
+                    asyncio.create_task(asyncio.to_thread(post, server, "/publish/t", b"1")) for _ in "1234"
+                ]
+                for _ in posts:
+                    assert await subscriber.data() == 1
+                await check_ends(server, signal.SIGINT, 2.5, [subscriber.websocket])
+                answers = await asyncio.gather(*posts)
+        assert (503, {"detail": "the server is stopping"}) in answers
+
+
+@pytest.mark.parametrize("end", ["the client leaves", "the server stops"])
+async def test_half_a_request_leaves_no_traceback(fresh: Server, end: str) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", fresh.port)
+    writer.write(b"POST /publish/t HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n1")
+    # The server says 100 when it begins to read.
+    assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"
+    if end == "the client leaves":
+        writer.close()
+        await gone(fresh, {writer.get_extra_info("sockname")[1]})
+    await check_ends(fresh, signal.SIGINT, 2.5, [])
+    if end == "the server stops":
+        assert b"503 Service Unavailable" in await reader.read()
+        writer.close()

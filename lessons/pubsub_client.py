@@ -143,6 +143,9 @@ class PubSubClient:
                         failures = 0
             finally:
                 self._ready.clear()
+                # What this server has confirmed, the next one has yet to confirm.
+                waiting = {topic: one for topic, one in self._answers.items() if not one.done()}
+                self._answers = waiting
                 await websocket.close()
             reason = websocket.close_reason or "the server went away"
             closed = f"closed with {websocket.close_code}: {reason}"

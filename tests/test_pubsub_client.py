@@ -18,7 +18,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.client import backoff
 from websockets.datastructures import Headers
-from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.http11 import Request, Response
 
 from lessons import pubsub_client
@@ -323,6 +323,33 @@ async def test_the_client_connects_and_subscribes_again(caplog: pytest.LogCaptur
                 assert client.id != before
                 assert got == ["a/1", "d", "a/2"]
                 assert logged(caplog) == ["closed with 1006: the server went away; connecting again"]
+
+
+async def test_a_subscription_holds_when_subscribe_returns_after_a_reconnect() -> None:
+    """It waits for the new connection's answer, although the old connection had one."""
+    confirmed = asyncio.Event()
+    connections: list[ServerConnection] = []
+
+    async def confirm_later(websocket: ServerConnection) -> None:
+        connections.append(websocket)
+        with suppress(ConnectionClosed):
+            await websocket.recv()
+            if len(connections) == 2:
+                await confirmed.wait()
+            await websocket.send('{"type": "subscribed", "topic": "t"}')
+            await websocket.wait_closed()
+
+    async with fake(confirm_later) as (url, _), asyncio.timeout(TIMEOUT), PubSubClient(url) as client:
+        await client.subscribe("t", print)
+        await connections[0].close(1012)
+        await until(lambda: len(connections) == 2, "the second connection")
+        await client.wait_until_ready()
+        again = asyncio.create_task(client.subscribe("t", print))
+        await asyncio.wait([again], timeout=SLOWNESS / 4)
+        waited = not again.done()
+        confirmed.set()
+        await again
+        assert waited, "subscribe() returned before the second server had confirmed"
 
 
 async def test_close_code_1008_ends_the_client() -> None:

@@ -167,7 +167,7 @@ async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
     command = with_options(
         with_constants("lessons.pubsub_server", BUFFER=50), "--ws-per-message-deflate", "false"
     )
-    count = 1000  # of 30 kB: more than the kernel's buffers for a connection can grow to
+    count = 1000  # of 60 kB: more than the kernel's buffers for a connection can grow to
     go_on = asyncio.Event()
     got: list[int] = []
 
@@ -184,7 +184,7 @@ async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
             await slowed.subscribe(topics, slow)
             await confirm(slowed, publisher)
             for number in range(count):
-                await publisher.publish(topics, [number, "x" * 30_000])
+                await publisher.publish(topics, [number, "x" * 60_000])
             await confirm(publisher, publisher)
             go_on.set()
             await until(lambda: got[-1] == count - 1, "the newest message")

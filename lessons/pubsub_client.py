@@ -77,6 +77,19 @@ class PubSubClient:
         if self.closed.done():
             self.closed.result()
 
+    async def wait_for(self, answer: Awaitable[object], to: str) -> None:
+        """Wait for an answer. Raise TimeoutError after TIMEOUT seconds, or what ends the client."""
+        answered = asyncio.ensure_future(answer)
+        either = [answered, self.closed]
+        try:
+            await asyncio.wait(either, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if self.closed.done():
+                self.closed.result()
+            if not answered.done():
+                raise TimeoutError(f"no answer to {to}")
+        finally:
+            answered.cancel()
+
     async def subscribe(self, topic: str | list[str], callback: Callback) -> None:
         """Call `callback` with each message that matches, once even if several filters match.
 
@@ -91,14 +104,8 @@ class PubSubClient:
             self._answers.setdefault(one, asyncio.get_running_loop().create_future())
         answers = [self._answers[one] for one in topics]
         await self._tell(type="subscribe", topic=topic)
-        answered = asyncio.ensure_future(asyncio.wait(answers))
-        either = [answered, self.closed]
-        await asyncio.wait(either, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if self.closed.done():
-            self.closed.result()
-        if not answered.done():
-            answered.cancel()
-            raise TimeoutError(f"no answer to the subscription to {topic}")
+        if answers:
+            await self.wait_for(asyncio.wait(answers), f"the subscription to {topic}")
 
     async def unsubscribe(self, topic: str | list[str]) -> None:
         topics = [topic] if isinstance(topic, str) else topic
@@ -251,7 +258,7 @@ async def run(args: argparse.Namespace) -> None:
             await client.publish(args.topic, json.loads(text))
             # Send a message to ourselves. If the publish was refused, the error comes first.
             await client.send(client.id, "done")
-            await asyncio.wait_for(echo.get(), TIMEOUT)
+            await client.wait_for(echo.get(), "the publish")
 
 
 def texts_to_publish(arguments: list[str]) -> Iterator[str | bytes]:

@@ -1,6 +1,7 @@
 """The client of pubsub_server.py, as a module and as a command: with a real server, and with fake ones."""
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -243,7 +244,9 @@ async def test_a_subscription_holds_when_subscribe_returns(server: Server, topic
     assert got == [*range(20), "further"]
 
 
-async def test_a_call_may_have_a_list_of_topics(client: PubSubClient, topics: str) -> None:
+async def test_a_call_may_have_a_list_of_topics(
+    client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A message that several of them match comes once."""
     got: list[Any] = []
     names = [f"{topics}/{number}" for number in range(300)]
@@ -258,6 +261,9 @@ async def test_a_call_may_have_a_list_of_topics(client: PubSubClient, topics: st
     assert got == [names[0], names[-1], f"{topics}/other", "but this"]
     with pytest.raises(ValueError, match="not a topic filter"):
         await client.subscribe(["good", "#/bad"], print)
+    await client.subscribe([], print)
+    gc.collect()
+    assert not caplog.records  # as of a task that failed
 
 
 async def test_unsubscribe_ends_all_callbacks_of_the_filter(client: PubSubClient, topics: str) -> None:
@@ -393,6 +399,19 @@ async def test_the_token_goes_with_each_connection() -> None:
             with pytest.raises(InvalidStatus, match="HTTP 401"):
                 await client.wait_until_ready()
     assert taken == 4
+
+
+async def test_the_command_says_why_its_publish_was_cut_off() -> None:
+    """Close code 1008 comes when the command has sent all and waits. It ends at once, with the reason."""
+
+    async def refuse(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.recv()  # the command's message to itself
+        await websocket.close(1008, "the token has expired")
+
+    async with fake(refuse) as (url, _):
+        code, out, err = await run("publish", "t", "1", "--url", url)
+        assert (code, out, err) == (1, "", f"{url}: closed with 1008: the token has expired\n")
 
 
 async def test_an_address_without_a_server_is_an_error_at_once() -> None:

@@ -57,7 +57,7 @@ async def send(websocket: ClientConnection, verbose: bool) -> None:
             _, payload = line
             if verbose:
                 # receive() gets the same error when it prints, and it passes the error to main().
-                with suppress(BrokenPipeError):
+                with suppress(OSError):
                     print("sent   ", payload, flush=True)
             await websocket.send(payload)
         if not unechoed:
@@ -69,6 +69,8 @@ async def receive(websocket: ClientConnection, verbose: bool) -> int:
     receipts = 0
     with suppress(ConnectionClosed):
         async for receipt in websocket:
+            if not unechoed:
+                raise ValueError("a receipt came for nothing: is this the address of a producer?")
             receipts += 1
             unechoed.popleft()
             space.release()
@@ -164,7 +166,7 @@ def read(lines: Iterator[bytes], loop: asyncio.AbstractEventLoop, problems: list
                     payload = line.decode().rstrip("\r\n")
                     space.acquire()
                     loop.call_soon_threadsafe(outbox.put_nowait, (number, payload))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             problems.append(f"line {number}: {error}")
         loop.call_soon_threadsafe(outbox.put_nowait, None)
 

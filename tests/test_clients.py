@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
@@ -271,6 +271,34 @@ async def test_the_producer_ends_quietly_if_its_output_closes(start: Start) -> N
         producer.process.stdout.close()
         assert await producer.ends() == 0
     assert producer.err == ""
+
+
+async def test_a_receipt_for_nothing_ends_the_producer(start: Start) -> None:
+    """It comes if the address is that of a consumer."""
+
+    async def consume(websocket: ServerConnection) -> None:
+        await websocket.send("1")
+        await websocket.wait_closed()
+
+    async with fake(consume) as url:
+        producer = start(url, "-", stdin=subprocess.PIPE)
+        assert await producer.ends() == 1
+    assert producer.err == f"{url}: a receipt came for nothing: is this the address of a producer?\n"
+
+
+async def test_the_producer_says_that_the_disk_is_full(relay: Server) -> None:
+    """It does not wait for the receipt of a payload that it did not send."""
+    to_a_full_disk = ["sh", "-c", 'exec "$@" > /dev/full', "sh"]
+    with closing(Script(relay.url(PRODUCER), place=to_a_full_disk)) as producer:
+        assert await producer.ends() == 1
+        assert producer.err == f"{relay.url(PRODUCER)}: [Errno 28] No space left on device\n"
+
+
+async def test_an_interval_without_an_end_is_one_clear_line(relay: Server, start: Start) -> None:
+    producer = start(relay.url(PRODUCER), "--interval", "inf")
+    assert await producer.ends() == 1
+    assert producer.err.startswith("line 1: ")
+    assert producer.err.count("\n") == 1
 
 
 # The consumer

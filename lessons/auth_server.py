@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import jwt
 import uvicorn
 from fastapi import Depends, FastAPI, Security, WebSocket, WebSocketDisconnect
-from fastapi.exceptions import HTTPException, WebSocketException
-from fastapi.requests import HTTPConnection
+from fastapi.exceptions import HTTPException, RequestValidationError, WebSocketException
+from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import OAuth2PasswordRequestForm, SecurityScopes
 from pwdlib import PasswordHash
@@ -161,6 +161,13 @@ async def close(websocket: WebSocket, error: WebSocketException) -> None:
     with suppress(*GONE, TimeoutError, asyncio.CancelledError):
         async with asyncio.timeout(TIMEOUT):
             await websocket.close(error.code, error.reason)
+
+
+@app.exception_handler(RequestValidationError)
+async def unprocessable(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong. FastAPI would repeat the input, and fail if JSON cannot hold it."""
+    problems = [{"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()]
+    return JSONResponse({"detail": problems}, 422)
 
 
 def validate(payload: str | None) -> str:

@@ -24,9 +24,9 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
-from fastapi.exceptions import HTTPException, WebSocketException
+from fastapi.exceptions import HTTPException, RequestValidationError, WebSocketException
 from fastapi.requests import HTTPConnection, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import OAuth2PasswordRequestForm
 from pydantic_core import from_json
 
@@ -149,6 +149,13 @@ async def close(websocket: WebSocket, error: WebSocketException) -> None:
             await websocket.close(error.code, error.reason)
 
 
+@app.exception_handler(RequestValidationError)
+async def unprocessable(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong. FastAPI would repeat the input, and fail if JSON cannot hold it."""
+    problems = [{"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()]
+    return JSONResponse({"detail": problems}, 422)
+
+
 def validate(payload: str | None) -> str:
     """Return the payload if it is JSON of at most MAX_PAYLOAD bytes. None is a binary frame."""
     if payload is None:
@@ -190,7 +197,7 @@ async def log_in(form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> dict[
     """Stand in for auth_server.py, which checks the hash of a password, and returns a token."""
     if not secrets.compare_digest(form.password.encode(errors="surrogatepass"), b"wonderland"):
         raise HTTPException(401, "wrong user name or password", {"WWW-Authenticate": "Bearer"})
-    return {"hello": form.username}
+    return {"hello": ascii(form.username)}
 
 
 @app.get("/")

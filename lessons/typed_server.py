@@ -20,8 +20,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import uvicorn
 from fastapi import Body, Depends, FastAPI, WebSocket, WebSocketDisconnect
-from fastapi.exceptions import HTTPException, WebSocketException
-from fastapi.requests import HTTPConnection
+from fastapi.exceptions import HTTPException, RequestValidationError, WebSocketException
+from fastapi.requests import HTTPConnection, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 
 if sys.version_info < (3, 11):
@@ -167,6 +168,13 @@ async def close(websocket: WebSocket, error: WebSocketException) -> None:
             await websocket.close(error.code, error.reason)
 
 
+@app.exception_handler(RequestValidationError)
+async def unprocessable(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong. FastAPI would repeat the input, and fail if JSON cannot hold it."""
+    problems = [{"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()]
+    return JSONResponse({"detail": problems}, 422)
+
+
 def parse(text: str) -> Call | Error:
     """Read a message with the model of its type, or say what is wrong with it."""
     error = Error(reason="not a valid call")
@@ -229,7 +237,9 @@ async def endpoint(websocket: WebSocket) -> None:
 
 
 @app.post("/boards/{board}", dependencies=[Depends(same_origin)])
-async def post_by_http(board: Board, text: Annotated[str, Body(embed=True)]) -> dict[str, int]:
+async def post_by_http(
+    board: Board, text: Annotated[str, Body(embed=True, min_length=1, max_length=1000)]
+) -> dict[str, int]:
     return {"watchers": push(board, Note(board=board, author="the server", text=text))}
 
 

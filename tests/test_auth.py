@@ -412,14 +412,17 @@ async def test_ctrl_c_ends_the_server_while_logins_wait() -> None:
         assert tracebacks(server.log) == 0
 
 
-async def test_a_login_that_is_not_unicode_is_refused(door: Server) -> None:
+@pytest.mark.parametrize(("field", "status"), [("password", 401), ("grant_type", 422)])
+async def test_a_login_that_is_not_unicode_is_refused(door: Server, field: str, status: int) -> None:
     """A form names its own encoding, and in UTF-7 there are halves of surrogate pairs."""
+    mark = len(door.log)
     part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n+2AA-\r\n'
-    form = part.format("username") + part.format("password") + "--x--\r\n"
+    form = part.format("username") + part.format("password") + part.format(field) + "--x--\r\n"
     with closing(HTTPConnection("127.0.0.1", door.port)) as connection:
         kind = {"Content-Type": "multipart/form-data; boundary=x; charset=utf-7"}
         connection.request("POST", "/token", form, kind)
-        assert connection.getresponse().status == 401
+        assert connection.getresponse().status == status
+    assert tracebacks(door.log[mark:]) == 0
 
 
 # The naive server

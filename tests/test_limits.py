@@ -284,6 +284,22 @@ def guess(server: Server, name: str, forwarded: str) -> int:
         return connection.getresponse().status
 
 
+@pytest.mark.parametrize(
+    ("field", "status"), [("username", 200), ("grant_type", 422)], ids=["username", "grant_type"]
+)
+def test_a_login_that_is_not_unicode_is_answered(field: str, status: int) -> None:
+    """A form names its own encoding, and in UTF-7 there are halves of surrogate pairs."""
+    values = {"username": "alice", "password": "wonderland", field: "+2AA-"}
+    part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+    form = "".join(part.format(*item) for item in values.items()) + "--x--\r\n"
+    with running(uvicorn_command("lessons.limits_server:app")) as server:
+        with closing(HTTPConnection("127.0.0.1", server.port)) as connection:
+            kind = {"Content-Type": "multipart/form-data; boundary=x; charset=utf-7"}
+            connection.request("POST", "/token", form, kind)
+            assert connection.getresponse().status == status
+        assert tracebacks(server.log) == 0
+
+
 @pytest.mark.parametrize("command", [SCRIPT, with_options(COMMAND, "--no-proxy-headers")])
 def test_a_client_cannot_claim_to_be_another_address(command: list[str]) -> None:
     """The header X-Forwarded-For does not help a client that guesses."""

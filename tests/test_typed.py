@@ -5,7 +5,7 @@ import json
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import Any
@@ -260,6 +260,23 @@ async def test_the_last_calls_of_a_client_that_has_left_are_handled(boards: Serv
         # In one write, so that the server reads the close frame before it replies.
         poster.transport.write(b"".join(frame.serialize(mask=True) for frame in frames))
         assert json.loads(await receive(watcher))["text"] == "x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["NaN", "[1e999]", r'{"a": "\ud800"}', r'"\ud800"', '""', json.dumps("x" * 1001), "["],
+    ids=["NaN", "infinity", "a surrogate in an object", "a surrogate", "empty", "too long", "not JSON"],
+)
+async def test_a_bad_body_gets_422(boards: Server, text: str) -> None:
+    """The answer does not repeat it, because JSON cannot hold all of them. The log has no traceback."""
+    mark = len(boards.log)
+    async with client(boards, "/ws") as watcher:
+        await ask(watcher, id=1, type="watch", board="news")
+        with closing(HTTPConnection("127.0.0.1", boards.port)) as connection:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/boards/news", f'{{"text": {text}}}', headers)
+            assert connection.getresponse().status == 422
+    assert tracebacks(boards.log[mark:]) == 0
 
 
 @pytest.mark.parametrize("path", ["/ws", "/boards/news"])

@@ -216,15 +216,15 @@ async def consumer(websocket: WebSocket) -> None:
             sender.cancel()
 
 
-async def unless_stopped() -> AsyncIterator[None]:
-    """Let an HTTP endpoint answer 503 if uvicorn cancels it when it stops."""
+async def refuse_when_stopping() -> AsyncIterator[None]:
+    """Refuse a request that still waits when the server stops: uvicorn cancels it."""
     try:
         yield
     except asyncio.CancelledError:
         raise HTTPException(503, "the server is stopping") from None
 
 
-@app.post("/token", dependencies=[Depends(unless_stopped)])
+@app.post("/token", dependencies=[Depends(refuse_when_stopping)])
 async def log_in(form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> JSONResponse:
     """Exchange a password for a token. An unknown user takes as long as a wrong password."""
     password_hash, allowed = USERS.get(form.username, (NOBODY, set()))

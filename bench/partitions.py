@@ -49,7 +49,8 @@ def started(command: list[str], port: int, **options: str) -> Iterator[None]:
     """Run a program, and end it afterwards."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=options or None)
     try:
-        wait_for(lambda: accepts(port))
+        wait_for(lambda: accepts(port) or process.poll() is not None)
+        assert process.poll() is None, f"ended with {process.returncode}: {' '.join(command)}"
         yield
     finally:
         process.kill()

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Keep one client from harming the others: uvicorn's websocket protocol, with seven faults corrected.
+"""Keep one client from harming the others: uvicorn's websocket protocol, seven faults corrected.
 
 Use it with any app, in one of three ways:
 

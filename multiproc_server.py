@@ -51,7 +51,7 @@ CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 RETRY = 0.04  # seconds between two attempts to queue payloads
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer may take in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in one turn, at most
 BATCH = 64  # payloads that one call carries to the shared queue or from it
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 LOST = (EOFError, OSError)  # raised by calling a manager that has died
@@ -133,6 +133,7 @@ class Channel:
         self.filled = asyncio.Event()
         self.filled.set()
         self.line = asyncio.Lock()
+        self.turns = 0  # that the consumers have had so far
 
     def qsize(self) -> int:
         """Count the payloads in the shared queue."""
@@ -151,10 +152,8 @@ class Channel:
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
-        taken = 0
+        left = 0  # payloads that this consumer may still take in its turn
         while True:
-            if self.queue.empty():
-                taken = 0
             self.waiting += 1
             self.wanted.set()
             try:
@@ -169,11 +168,16 @@ class Channel:
                 self.queue.put_nowait((number, payload))
                 self.give_back()
                 raise
-            taken += 1
-            # While there are payloads, nothing above pauses: let the other consumers run. Do that
-            # often at first, or one consumer would take all of a small backlog.
-            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
+            left -= 1
+            # While there are payloads, nothing above pauses: let the other consumers run.
+            if left <= 0 and not self.queue.empty():
+                before = self.turns
+                self.turns += 1
                 await asyncio.sleep(0)
+                # Meanwhile, each of the others had one turn, so this counts the consumers.
+                consumers = self.turns - before
+                # Take half of a fair share, so that enough is left for the last one.
+                left = min(BURST, self.queue.qsize() // (2 * consumers))
 
     async def fetch(self, worker: str) -> None:
         """Take payloads for the consumers that wait, and give back what no consumer takes."""

@@ -37,7 +37,7 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer may take in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in one turn, at most
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
 # Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
 # connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
@@ -90,6 +90,7 @@ class Channel:
         # A payload takes up space until a consumer gets it. If it comes back, it takes up none,
         # because there may be none by then.
         self.space = asyncio.Semaphore(capacity)
+        self.turns = 0  # that the consumers have had so far
         self.dead: list[Entry] = []
 
     def qsize(self) -> int:
@@ -110,11 +111,9 @@ class Channel:
         self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
     ) -> None:
         """Call `handle` with each payload, as long as the consumer has room for it."""
-        taken = 0
+        left = 0  # payloads that this consumer may still take in its turn
         while True:
             await unacknowledged.room.acquire()
-            if self.queue.empty():
-                taken = 0
             entry = await self.queue.get()
             # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
             unacknowledged.sending_since = time.monotonic()
@@ -123,11 +122,16 @@ class Channel:
                 self.space.release()
             await handle(entry.payload)
             unacknowledged.sending_since = math.inf
-            taken += 1
-            # While there are payloads, nothing above pauses: let the other consumers run. Do that
-            # often at first, or one consumer would take all of a small backlog.
-            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
+            left -= 1
+            # While there are payloads, nothing above pauses: let the other consumers run.
+            if left <= 0 and not self.queue.empty():
+                before = self.turns
+                self.turns += 1
                 await asyncio.sleep(0)
+                # Meanwhile, each of the others had one turn, so this counts the consumers.
+                consumers = self.turns - before
+                # Take half of a fair share, so that enough is left for the last one.
+                left = min(BURST, self.queue.qsize() // (2 * consumers))
 
     def redeliver(self, unacknowledged: Unacknowledged) -> None:
         """Put unacknowledged payloads back at the front of the queue, in their old order.

@@ -36,7 +36,7 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer may take in a row before the others get a turn
+BURST = 32  # payloads that a consumer may take in one turn, at most
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 LIFETIME = 3600  # seconds until a token expires, and with it the connections that it opened
 SECRET = os.environ.get("SECRET_KEY") or os.urandom(32).hex()  # at least 32 bytes
@@ -56,6 +56,7 @@ class Channel:
         self.numbers = itertools.count()
         # A payload takes up space until it is delivered, so there is always room to put it back.
         self.space = asyncio.Semaphore(capacity)
+        self.turns = 0  # that the consumers have had so far
 
     def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""
@@ -73,10 +74,8 @@ class Channel:
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
-        taken = 0
+        left = 0  # payloads that this consumer may still take in its turn
         while True:
-            if self.queue.empty():
-                taken = 0
             number, payload = await self.queue.get()
             try:
                 await handle(payload)
@@ -84,11 +83,16 @@ class Channel:
                 self.queue.put_nowait((number, payload))
                 raise
             self.space.release()
-            taken += 1
-            # While there are payloads, nothing above pauses: let the other consumers run. Do that
-            # often at first, or one consumer would take all of a small backlog.
-            if not self.queue.empty() and (taken in (1, 2, 4, 8, 16) or taken % BURST == 0):
+            left -= 1
+            # While there are payloads, nothing above pauses: let the other consumers run.
+            if left <= 0 and not self.queue.empty():
+                before = self.turns
+                self.turns += 1
                 await asyncio.sleep(0)
+                # Meanwhile, each of the others had one turn, so this counts the consumers.
+                consumers = self.turns - before
+                # Take half of a fair share, so that enough is left for the last one.
+                left = min(BURST, self.queue.qsize() // (2 * consumers))
 
 
 @asynccontextmanager

@@ -225,7 +225,7 @@ async def test_five_consumers_share_a_backlog_fairly(server: Server) -> None:
 async def test_idle_consumers_share_a_small_burst_fairly(command: list[str]) -> None:
     """Some payloads come at once. Otherwise, the first consumer would take nearly all of them."""
     if "tests.gateway_app:app" in command:
-        pytest.skip("a gateway passes a burst on in pieces, which may be shared less evenly")
+        pytest.skip("behind a gateway, a burst may trickle in two by two, which is no backlog to share")
     if "multiproc_server.py" in command:
         command = with_options(command, "--workers", "1")  # for the fastest worker may take all
     with running(command) as server:

@@ -162,9 +162,10 @@ async def test_a_callback_may_use_the_client(client: PubSubClient, topics: str) 
 
 
 async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
-    topics: str, caplog: pytest.LogCaptureFixture
+    topics: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it runs, the server drops messages for this client."""
+    monkeypatch.setattr(pubsub_client, "INBOX", 10)  # so that the client stops reading
     command = with_options(
         with_constants("lessons.pubsub_server", BUFFER=50), "--ws-per-message-deflate", "false"
     )

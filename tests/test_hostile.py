@@ -30,7 +30,7 @@ from tests.kit.clients import (
     vanish,
     write,
 )
-from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.commands import ACKING, CONSUMER, PRODUCER, SERVERS, with_options
 from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
@@ -41,7 +41,11 @@ ENDING = 3  # seconds: one that --timeout-graceful-shutdown gives a client that 
 
 
 # rooms_server.py has the endpoints of server.py.
-@pytest.fixture(scope="module", params=[name for name in SERVERS if name != "rooms_server.py"])
+TESTED = [name for name in SERVERS if name != "rooms_server.py"]
+WITH_A_PAGE = [name for name in TESTED if name != "gateway_server.py"]
+
+
+@pytest.fixture(scope="module", params=TESTED)
 def command(request: pytest.FixtureRequest) -> list[str]:
     """The command of each server in turn, with OPTIONS, or with those of the environment."""
     options = os.environ["HOSTILE_OPTIONS"].split() if "HOSTILE_OPTIONS" in os.environ else OPTIONS
@@ -179,10 +183,9 @@ async def test_ctrl_c_works_while_producers_that_do_not_read_are_refused(fresh: 
         assert bystander.close_code == 1012
 
 
+@pytest.mark.parametrize("command", ACKING, indirect=True)
 async def test_ctrl_c_works_while_a_consumer_that_does_not_read_is_refused(fresh: Server) -> None:
     """With acknowledgements: it has many payloads, does not read, and sends something else."""
-    if not fresh.acks:
-        pytest.skip("without acknowledgements, what a consumer says is ignored")
     payloads = numbered(300, 50_000)
     async with AsyncExitStack() as stack:
         bystander = await stack.enter_async_context(client(fresh, PRODUCER))
@@ -397,10 +400,9 @@ async def test_a_page_by_another_name_of_this_host_is_told_what_to_do(server: Se
     assert line in server.log
 
 
+@pytest.mark.parametrize("command", WITH_A_PAGE, indirect=True)
 def test_no_other_site_can_show_the_page_in_a_frame(server: Server) -> None:
     """Only a header can say so: browsers ignore `frame-ancestors` in a page's own meta element."""
-    if server.gateway:
-        pytest.skip("the gateway serves no page")
     with urllib.request.urlopen(server.url("/", "http")) as response:
         assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
 

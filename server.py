@@ -29,7 +29,7 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer may take in one turn, at most
+BURST = 32  # payloads that a consumer takes in one turn, at most
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 
@@ -43,7 +43,7 @@ class Channel:
         self.numbers = itertools.count()
         # A payload takes up space until it is delivered, so there is always room to put it back.
         self.space = asyncio.Semaphore(capacity)
-        self.turns = 0  # that the consumers have had so far
+        self.consumers = 0  # that take turns
 
     def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""
@@ -61,25 +61,30 @@ class Channel:
 
     async def deliver(self, handle: Callable[[str], Awaitable[object]]) -> None:
         """Call `handle` with each payload. If it fails or is cancelled, the payload goes back."""
-        left = 0  # payloads that this consumer may still take in its turn
-        while True:
-            number, payload = await self.queue.get()
-            try:
-                await handle(payload)
-            except BaseException:
-                self.queue.put_nowait((number, payload))
-                raise
-            self.space.release()
-            left -= 1
-            # While there are payloads, nothing above pauses: let the other consumers run.
-            if left <= 0 and not self.queue.empty():
-                before = self.turns
-                self.turns += 1
-                await asyncio.sleep(0)
-                # Meanwhile, each of the others had one turn, so this counts the consumers.
-                consumers = self.turns - before
-                # Take half of a fair share, so that enough is left for the last one.
-                left = min(BURST, self.queue.qsize() // (2 * consumers))
+        self.consumers += 1
+        remaining = 1  # payloads that this consumer takes before it lets the others run
+        try:
+            while True:
+                # If get() has to wait, a new turn begins, with one payload.
+                if self.queue.empty():
+                    remaining = 1
+                number, payload = await self.queue.get()
+                try:
+                    await handle(payload)
+                except BaseException:
+                    self.queue.put_nowait((number, payload))
+                    raise
+                self.space.release()
+                remaining -= 1
+                if remaining == 0 and not self.queue.empty():
+                    # Nothing above pauses if payloads are queued and the socket has space. So pause
+                    # here, to let the other consumers run.
+                    await asyncio.sleep(0)
+                    # Take only half of a fair share: the others get their shares of what is left.
+                    share = self.queue.qsize() // self.consumers
+                    remaining = max(1, min(BURST, share // 2))
+        finally:
+            self.consumers -= 1
 
 
 @asynccontextmanager

@@ -37,7 +37,7 @@ if sys.version_info < (3, 11):
 CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
-BURST = 32  # payloads that a consumer may take in one turn, at most
+BURST = 32  # payloads that a consumer takes in one turn, at most
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
 # Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
 # connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
@@ -90,7 +90,7 @@ class Channel:
         # A payload takes up space until a consumer gets it. If it comes back, it takes up none,
         # because there may be none by then.
         self.space = asyncio.Semaphore(capacity)
-        self.turns = 0  # that the consumers have had so far
+        self.consumers = 0  # that take turns
         self.dead: list[Entry] = []
 
     def qsize(self) -> int:
@@ -111,27 +111,32 @@ class Channel:
         self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged
     ) -> None:
         """Call `handle` with each payload, as long as the consumer has room for it."""
-        left = 0  # payloads that this consumer may still take in its turn
-        while True:
-            await unacknowledged.room.acquire()
-            entry = await self.queue.get()
-            # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
-            unacknowledged.sending_since = time.monotonic()
-            unacknowledged.entries.append(entry)
-            if entry.takes_space:
-                self.space.release()
-            await handle(entry.payload)
-            unacknowledged.sending_since = math.inf
-            left -= 1
-            # While there are payloads, nothing above pauses: let the other consumers run.
-            if left <= 0 and not self.queue.empty():
-                before = self.turns
-                self.turns += 1
-                await asyncio.sleep(0)
-                # Meanwhile, each of the others had one turn, so this counts the consumers.
-                consumers = self.turns - before
-                # Take half of a fair share, so that enough is left for the last one.
-                left = min(BURST, self.queue.qsize() // (2 * consumers))
+        self.consumers += 1
+        remaining = 1  # payloads that this consumer takes before it lets the others run
+        try:
+            while True:
+                await unacknowledged.room.acquire()
+                # If get() has to wait, a new turn begins, with one payload.
+                if self.queue.empty():
+                    remaining = 1
+                entry = await self.queue.get()
+                # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
+                unacknowledged.sending_since = time.monotonic()
+                unacknowledged.entries.append(entry)
+                if entry.takes_space:
+                    self.space.release()
+                await handle(entry.payload)
+                unacknowledged.sending_since = math.inf
+                remaining -= 1
+                if remaining == 0 and not self.queue.empty():
+                    # Nothing above pauses if payloads are queued and the socket has space. So pause
+                    # here, to let the other consumers run.
+                    await asyncio.sleep(0)
+                    # Take only half of a fair share: the others get their shares of what is left.
+                    share = self.queue.qsize() // self.consumers
+                    remaining = max(1, min(BURST, share // 2))
+        finally:
+            self.consumers -= 1
 
     def redeliver(self, unacknowledged: Unacknowledged) -> None:
         """Put unacknowledged payloads back at the front of the queue, in their old order.

@@ -103,6 +103,29 @@ async def test_consumers_with_a_large_prefetch_share_a_backlog(server: Server) -
     assert await drain(server) == payloads
 
 
+async def test_a_consumer_that_was_at_its_prefetch_takes_no_more_than_the_others(server: Server) -> None:
+    """It stops in the middle of its turn. When it goes on, it begins a new turn."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(client(server, f"{CONSUMER}?prefetch=20"))
+        await produce(server, numbered(100))
+        await queued(server, 80)
+        await drain(server)
+        await queued(server, 0)
+        for _ in range(20):
+            await receive(first)
+            await first.send("ack")
+        await settled(server)
+        others = [
+            await stack.enter_async_context(client(server, f"{CONSUMER}?prefetch=20")) for _ in range(4)
+        ]
+        await produce(server, numbered(20))
+        counts = dict.fromkeys((first, *others), 0)
+        while sum(counts.values()) < 20:
+            for taker in counts:
+                counts[taker] += len(await arrived(taker))
+        assert max(counts.values()) < 3 * min(counts.values()), f"hogged: {list(counts.values())}"
+
+
 async def test_acknowledgements_may_come_together_and_in_parts(server: Server) -> None:
     """Six acknowledgements count as six, in whatever frames they come."""
     payloads = numbered(20)

@@ -77,8 +77,7 @@ class Channel:
                 self.space.release()
                 remaining -= 1
                 if remaining == 0 and not self.queue.empty():
-                    # Nothing above pauses if payloads are queued and the socket has space. So pause
-                    # here, to let the other consumers run.
+                    # Let the others run. Nothing above pauses if all payloads can be sent at once.
                     await asyncio.sleep(0)
                     # Take only half of a fair share: the others get their shares of what is left.
                     share = self.queue.qsize() // self.consumers

@@ -120,7 +120,7 @@ class Channel:
                 if self.queue.empty():
                     remaining = 1
                 entry = await self.queue.get()
-                # Note it before it is sent, so that it is not lost if sending fails or is cancelled.
+                # Note it first, so that it is not lost if sending fails or is cancelled.
                 unacknowledged.sending_since = time.monotonic()
                 unacknowledged.entries.append(entry)
                 if entry.takes_space:
@@ -129,8 +129,7 @@ class Channel:
                 unacknowledged.sending_since = math.inf
                 remaining -= 1
                 if remaining == 0 and not self.queue.empty():
-                    # Nothing above pauses if payloads are queued and the socket has space. So pause
-                    # here, to let the other consumers run.
+                    # Let the others run. Nothing above pauses if all payloads can be sent at once.
                     await asyncio.sleep(0)
                     # Take only half of a fair share: the others get their shares of what is left.
                     share = self.queue.qsize() // self.consumers

@@ -439,6 +439,7 @@ class Partition:
             async with asyncio.timeout(REDIS_TIMEOUT):
                 await self.redis.eval(PUT, 2, self.stream, self.changed, GROUP, CAPACITY)
         except FAILED as error:
+            self.reachable = False
             return explain(error)
         return ""
 
@@ -567,6 +568,7 @@ class Channel:
 
     async def start(self) -> None:
         """Connect to Redis, or end this worker."""
+        first = multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1")
         problem = ""
         try:
             self.partitions = [Partition(number) for number in range(PARTITIONS)]
@@ -575,16 +577,17 @@ class Channel:
                 # One partition whose node answers is enough to start.
                 if not why:
                     break
-            else:
+            # A worker that replaces another one waits for Redis, as the others do.
+            if why and first:
                 address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
                 problem = f"no Redis at {address} ({why}): start redis-server, or set REDIS_URL"
         except (ValueError, TypeError):
             problem = f"REDIS_URL is not valid: use {URLS}"
         if problem:
             # One worker says it for all.
-            if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
+            if first:
                 log.error(problem)
-            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
+            # After exit code 3, uvicorn stops all workers. An exception would log a traceback.
             os._exit(3)
         self.tasks = []
         for partition in self.partitions:

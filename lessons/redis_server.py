@@ -505,22 +505,26 @@ class Channel:
 
     async def start(self) -> None:
         """Connect to Redis, or end this worker."""
+        first = multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1")
         problem = ""
         try:
             self.redis = connect()
             async with asyncio.timeout(REDIS_TIMEOUT):
                 await self.redis.eval(PUT, 2, STREAM, CHANGED, GROUP, CAPACITY)
         except FAILED as error:
-            address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
-            why = explain(error)
-            problem = f"no Redis at {address} ({why}): start redis-server, or set REDIS_URL"
+            self.reachable = False
+            # A worker that replaces another one waits for Redis, as the others do.
+            if first:
+                address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
+                why = explain(error)
+                problem = f"no Redis at {address} ({why}): start redis-server, or set REDIS_URL"
         except (ValueError, TypeError):
             problem = f"REDIS_URL is not valid: use {URLS}"
         if problem:
             # One worker says it for all.
-            if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
+            if first:
                 log.error(problem)
-            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
+            # After exit code 3, uvicorn stops all workers. An exception would log a traceback.
             os._exit(3)
         loops = (self.fetch, self.report, self.claim)
         self.tasks = [asyncio.create_task(self.keep_running(loop)) for loop in loops]

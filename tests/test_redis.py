@@ -35,7 +35,7 @@ from tests.kit.clients import (
     vanish,
     write,
 )
-from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.commands import CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
 from tests.kit.constants import with_constants
 from tests.kit.needs import NGINX, needs_nginx
 from tests.kit.ports import free_port
@@ -737,6 +737,23 @@ async def test_living_workers_keep_their_payloads_through_a_long_outage(
         for task in redelivered:
             task.cancel()
         await asyncio.wait(redelivered)
+
+
+@pytest.mark.parametrize("lesson", ["redis_server", "partitioned_server"])
+async def test_a_worker_that_dies_while_redis_is_away_is_replaced(broker: Redis, lesson: str) -> None:
+    """The new worker waits for Redis, as the others do. At the start, it would end them all."""
+    command = with_options(uvicorn_command(f"lessons.{lesson}:app"), "--workers", "2")
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await until(lambda: serving(server) == 2, "both workers")
+        broker.kill()
+        workers(server)[0].kill()
+        await until(lambda: serving(server) == 3, "a new worker")
+        broker.start()
+        payloads = numbered(10)
+        await produce(server, payloads)
+        async with consumer(server) as taker:
+            assert sorted(await taker.payloads(10)) == sorted(payloads)
+        assert tracebacks(server.log) == 0
 
 
 LATE_RENEWAL = """

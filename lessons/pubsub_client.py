@@ -36,7 +36,7 @@ if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 TIMEOUT = 10  # seconds to wait for an answer
-INBOX = 1000  # messages that wait for a slow callback; then the client stops reading
+INBOX = 1000  # messages that wait for a slow callback; then the oldest is dropped
 MAX_PAUSE = 8  # seconds between a connection that was closed and the next
 LOCAL = ("localhost", "127.0.0.1", "::1")
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class PubSubClient:
         self._subscriptions: list[tuple[str, Callback]] = []
         self._answers: dict[str, asyncio.Future[None]] = {}  # to subscribe(), by topic
         self._inbox: asyncio.Queue[Message] = asyncio.Queue(INBOX)
+        self._missed = 0  # messages that were dropped since the log last said so
 
     async def __aenter__(self) -> Self:
         # This ends only with an exception: if it makes no sense to connect again.
@@ -177,7 +178,7 @@ class PubSubClient:
                     if one in self._answers and not self._answers[one].done():
                         self._answers[one].set_result(None)
             case {"type": "message", "topic": _}:
-                await self._inbox.put(message)
+                await self._keep(message)
             case {"type": "dropped", "count": None}:
                 log.warning("messages between the server's processes were lost")
             case {"type": "dropped", "count": count}:
@@ -185,16 +186,34 @@ class PubSubClient:
             case {"type": "error", "reason": str(reason)}:
                 self.on_error(reason)
 
+    async def _keep(self, message: Message) -> None:
+        """Let a message wait for the callbacks. If too many wait, drop the oldest."""
+        # Do not wait for the callbacks. A client that stops reading answers no pings, and gets no
+        # answers for a callback that subscribes.
+        if self._inbox.full():
+            await asyncio.sleep(0)  # lets them run
+        if self._inbox.full():
+            self._inbox.get_nowait()
+            self._missed += 1
+        self._inbox.put_nowait(message)
+
     async def _call_back(self) -> None:
         """Call the callbacks, one after another, in a task of their own: they may subscribe."""
         while True:
             message = await self._inbox.get()
+            if self._missed:
+                log.warning("callbacks are too slow: %s messages were dropped", self._missed)
+                self._missed = 0
             for callback in self._callbacks(message["topic"]):
                 try:
                     result = callback(message)
                     if isinstance(result, Awaitable):
                         await result
-                except Exception:
+                except (Exception, asyncio.CancelledError):
+                    # __aexit__() cancels this task. Otherwise, the callback awaited a task that
+                    # was cancelled.
+                    if self._caller.cancelling():
+                        raise
                     log.exception("a callback failed, with a message of %s", message["topic"])
 
     def _callbacks(self, topic: str | None) -> list[Callback]:

@@ -196,6 +196,47 @@ async def test_a_slow_callback_loses_messages_and_the_log_counts_them(
     assert sum(int(match[1]) for match in dropped if match) == count - len(got) > 0
 
 
+async def test_a_callback_may_subscribe_while_many_messages_wait(
+    server: Server, topics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client goes on reading, or it would not see that the server has confirmed it."""
+    monkeypatch.setattr(pubsub_client, "INBOX", 10)
+    published, subscribed = asyncio.Event(), asyncio.Event()
+    async with PubSubClient(server.url("/ws")) as publisher, PubSubClient(server.url("/ws")) as client:
+
+        async def on_message(message: Message) -> None:
+            if message["data"] == 0:
+                await published.wait()
+                await client.subscribe(f"{topics}/new", on_message)
+                subscribed.set()
+
+        await client.subscribe(topics, on_message)
+        for number in range(100):
+            await publisher.publish(topics, number)
+        published.set()
+        await until(subscribed.is_set, "the subscription")
+
+
+async def test_a_callback_may_await_a_task_that_is_cancelled(
+    client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log gets the error, and the next messages come."""
+    got: list[Any] = []
+
+    async def on_message(message: Message) -> None:
+        got.append(message["data"])
+        if message["data"] == 0:
+            task = asyncio.create_task(asyncio.sleep(TIMEOUT))
+            task.cancel()
+            await task
+
+    await client.subscribe(topics, on_message)
+    await client.publish(topics, 0)
+    await client.publish(topics, 1)
+    await until(lambda: got == [0, 1], "both messages")
+    assert f"a callback failed, with a message of {topics}" in logged(caplog)
+
+
 async def test_a_refused_message_is_an_error(
     client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -75,6 +75,11 @@ class PubSubClient:
     async def wait_until_ready(self) -> None:
         """Wait until there is a connection and the server was told all subscriptions."""
         await self._ready.wait()
+        self._raise_if_closed()
+
+    def _raise_if_closed(self) -> None:
+        if self.closed.cancelled():
+            raise RuntimeError("the client is closed")
         if self.closed.done():
             self.closed.result()
 
@@ -84,8 +89,7 @@ class PubSubClient:
         either = [answered, self.closed]
         try:
             await asyncio.wait(either, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-            if self.closed.done():
-                self.closed.result()
+            self._raise_if_closed()
             if not answered.done():
                 raise TimeoutError(f"no answer to {to}")
         finally:

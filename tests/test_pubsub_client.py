@@ -217,6 +217,14 @@ async def test_a_callback_may_subscribe_while_many_messages_wait(
         await until(subscribed.is_set, "the subscription")
 
 
+async def test_a_closed_client_says_so(server: Server, topics: str) -> None:
+    """A task that goes on using it gets an error, and is not cancelled without a word."""
+    async with PubSubClient(server.url("/ws")) as client:
+        await client.publish(topics, 0)
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        await client.publish(topics, 1)
+
+
 async def test_a_callback_may_await_a_task_that_is_cancelled(
     client: PubSubClient, topics: str, caplog: pytest.LogCaptureFixture
 ) -> None:

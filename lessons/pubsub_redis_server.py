@@ -91,7 +91,7 @@ class Broker:
     def __init__(self, url: str) -> None:
         # With protocol 3, the first message after Redis was away is lost.
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
-        options |= {"socket_timeout": REDIS_TIMEOUT, "health_check_interval": REDIS_TIMEOUT}
+        options["socket_timeout"] = REDIS_TIMEOUT
         self.redis = Redis.from_url(url, **options)
         self.outbox: asyncio.Queue[str] = asyncio.Queue(OUTBOX)
         self.connected = asyncio.Event()
@@ -145,10 +145,15 @@ class Broker:
             try:
                 async with self.redis.pubsub() as pubsub:
                     await pubsub.subscribe(CHANNEL)
+                    pinged = False
                     while True:
                         message = await pubsub.get_message(timeout=REDIS_TIMEOUT)
+                        if message is None and pinged:
+                            raise TimeoutError("no answer")
+                        pinged = message is None
                         if message is None:
-                            await self.redis.ping()  # raises an error if Redis is not just silent
+                            # Ask on this connection: others may still work. The pong is a message.
+                            await pubsub.ping()
                         elif message["type"] == "message":
                             await self.open(message["data"], handle)
                         elif message["type"] == "subscribe":

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from http.client import HTTPConnection
 from typing import Any, cast
@@ -231,6 +231,41 @@ def listening(broker: Redis) -> int:
 def knows_redis(server: Server) -> bool:
     """Whether the server has logged a return of Redis for each time that Redis was gone."""
     return server.log.count("Redis is gone") == server.log.count("Redis is back")
+
+
+@asynccontextmanager
+async def relay(broker: Redis) -> AsyncIterator[tuple[str, Callable[[], None]]]:
+    """Relay connections to Redis. Yields a URL, and a function that cuts off those that have subscribed.
+
+    They stay open, but what is sent does not arrive, as behind a firewall that has forgotten them.
+    """
+    subscribed: set[asyncio.Task[None]] = set()
+    cut_off: set[asyncio.Task[None]] = set()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def copy(
+        task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if b"SUBSCRIBE" in data:
+                    subscribed.add(task)
+                if task not in cut_off:
+                    writer.write(data)
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        tasks.append(task)
+        redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", broker.port)
+        await asyncio.gather(copy(task, reader, redis_writer), copy(task, redis_reader, writer))
+
+    try:
+        async with await asyncio.start_server(connect, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            yield f"redis://127.0.0.1:{port}/0", lambda: cut_off.update(subscribed)
+    finally:
+        await asyncio.gather(*tasks)
 
 
 class Connection:
@@ -948,6 +983,28 @@ async def test_all_subscribers_are_told_if_one_server_loses_its_connection(
         await check_messages_cross(here, there)
     logs = [server.log[mark:] for server, mark in zip(pair, marks, strict=True)]
     assert sorted(log.count("Redis is gone") for log in logs) == [0, 1]
+
+
+async def test_a_server_notices_that_only_its_subscription_is_cut_off(
+    pair: list[Server], broker: Redis
+) -> None:
+    """Its other connection to Redis still works. It subscribes again, and tells its subscribers of a gap."""
+    command = program("pubsub_redis_server", REDIS_TIMEOUT=SLOWNESS)
+    async with relay(broker) as (url, cut_off):
+        with ExitStack() as stack:
+            # In a thread, for the relay must run while the server starts.
+            server = await asyncio.to_thread(stack.enter_context, running(command, env={"REDIS_URL": url}))
+            await until(lambda: listening(broker) == 3, "it to listen, too")
+            async with connected(pair[0], "t") as here, connected(server, "t") as there:
+                await check_messages_cross(here, there)
+                mark = len(server.log)
+                cut_off()
+                await here.say("publish", topic="t", data="lost")
+                assert await here.data() == "lost"
+                await until(lambda: "Redis is gone (no answer)" in server.log[mark:], "the line")
+                assert await there.hear() == GAP
+                await check_messages_cross(here, there)
+            check_quiet(server.log)
 
 
 async def test_subscribers_are_told_of_what_a_redis_that_hung_has_lost(

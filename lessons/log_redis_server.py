@@ -230,18 +230,19 @@ class Storage:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[None]:
-        """Connect to Redis, or end this worker."""
+        """Connect to Redis, or end the server if it has just been started."""
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
                 await self.redis.ping()
         except FAILED as error:
-            # One worker says it for all.
+            # The first worker ends the server. One that replaces a dead worker waits for Redis.
             if multiprocessing.current_process().name in ("MainProcess", "SpawnProcess-1"):
                 address = re.sub("//.*@", "//", REDIS_URL.partition("?")[0])  # without a password
                 why = str(error) or "no answer"
                 log.error("no Redis at %s (%s): start redis-server, or set REDIS_URL", address, why)
-            # After exit code 3, uvicorn starts no new worker. An exception would log a traceback.
-            os._exit(3)
+                # uvicorn ends after exit code 3. An exception would log a traceback.
+                os._exit(3)
+            self.reachable = False
         tasks = [asyncio.create_task(self.keep_running(loop)) for loop in (self.watch, self.renew)]
         yield
         for task in tasks:

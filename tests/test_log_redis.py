@@ -32,7 +32,7 @@ from tests.kit.redis import REDIS_TIMEOUT, UVLOOP_FAILS, Redis, lose, restore
 from tests.kit.root import ROOT
 from tests.kit.servers import Server, running
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until, wait_for
-from tests.kit.workers import worker
+from tests.kit.workers import serving, worker, workers
 
 NAME = "log_redis_server"
 COMMAND = COMMANDS[NAME]
@@ -207,6 +207,25 @@ async def test_a_killed_worker_and_a_restart_lose_nothing(broker: Redis) -> None
         async with consumer(server, "a", f"{epoch}:3") as taker:
             assert taker.status == {"epoch": epoch, "first": 1, "next": 7, "recovered": True}
             assert await taker.events(3) == [(4, "3"), (5, "4"), (6, "after")]
+
+
+async def test_a_killed_worker_is_replaced_while_redis_is_gone(broker: Redis) -> None:
+    """The server does not end. The new workers serve when Redis is back."""
+    with running(with_options(COMMAND, "--workers", "2"), env={"REDIS_URL": broker.url()}) as server:
+        wait_for(lambda: serving(server) == 2, "both workers")
+        await produce(server, "a", ["1"])
+        broker.kill()
+        try:
+            for process in workers(server):
+                process.kill()
+            await until(lambda: serving(server) == 4, "two new workers")
+        finally:
+            broker.start()
+        await until(lambda: server.log.count("Redis is back") == 2, "both to find Redis")
+        await produce(server, "a", ["2"])
+        async with consumer(server, "a", "0") as taker:
+            assert await taker.events(2) == [(1, 1), (2, 2)]
+        check_quiet(server)
 
 
 async def test_a_job_fails_if_its_server_is_killed(pair: list[Server], env: dict[str, str]) -> None:

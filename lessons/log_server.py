@@ -365,10 +365,12 @@ async def find_for_http(
     stream: str,
     after: str | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
-) -> tuple[Stream, int, dict[str, Any]]:
+) -> AsyncIterator[tuple[Stream, int, dict[str, Any]]]:
     """Find what an EventSource asks for. If it reconnects, it sends the id of its last event."""
     source = await storage.open(stream)
-    return source, *source.resume(last_event_id or after)
+    # Not in events(): if the client leaves amid events, FastAPI does not close that generator.
+    with source.in_use():
+        yield source, *source.resume(last_event_id or after)
 
 
 @app.get("/streams/{stream:path}", response_class=EventSourceResponse, dependencies=CHECKS)
@@ -376,16 +378,15 @@ async def events(
     found: Annotated[tuple[Stream, int, dict[str, Any]], Depends(find_for_http)],
 ) -> AsyncIterator[ServerSentEvent]:
     stream, start, status = found
-    with stream.in_use():
-        # With an id, so that a browser can resume even if it has not seen a single event.
-        yield ServerSentEvent(event="start", data=status, id=f"{stream.epoch}:{start - 1}")
-        async for item in storage.read(stream, start):
-            if isinstance(item, Event):
-                yield ServerSentEvent(raw_data=item.payload, id=f"{stream.epoch}:{item.offset}")
-            else:
-                yield ServerSentEvent(event="missed", data=item)
-        if stream.end and not stopping.is_set():
-            yield ServerSentEvent(event="end", data=stream.end)
+    # With an id, so that a browser can resume even if it has not seen a single event.
+    yield ServerSentEvent(event="start", data=status, id=f"{stream.epoch}:{start - 1}")
+    async for item in storage.read(stream, start):
+        if isinstance(item, Event):
+            yield ServerSentEvent(raw_data=item.payload, id=f"{stream.epoch}:{item.offset}")
+        else:
+            yield ServerSentEvent(event="missed", data=item)
+    if stream.end and not stopping.is_set():
+        yield ServerSentEvent(event="end", data=stream.end)
 
 
 async def body(request: Request) -> Any:

@@ -391,6 +391,29 @@ async def test_an_event_source_that_leaves_amid_events_causes_no_traceback(serve
     server.get("/")  # until then, it may not have logged everything
 
 
+# Garbage collection would close an open generator, but perhaps hours later.
+COUNT_USERS = """
+import gc
+
+gc.disable()
+app.add_api_route("/users", lambda: lesson.storage.streams["visits"].users)
+"""
+
+
+async def test_an_event_source_that_leaves_amid_events_lets_the_stream_expire(name: str) -> None:
+    """The server notes at once that nobody uses the stream any more."""
+    with running(with_constants(f"lessons.{name}", COUNT_USERS)) as server:
+        await produce(server, "visits", numbered(20, 500_000))
+
+        def users() -> int:
+            return int(server.get("/users")[2])
+
+        async with event_source(server, "/streams/visits?after=0") as source:
+            await source.readexactly(100_000)  # a part of the first event
+            await until(lambda: users() == 1, "the producer to leave")
+        await until(lambda: users() == 0, "the stream to be unused")
+
+
 async def test_a_client_that_leaves_amid_its_request_causes_no_traceback(server: Server) -> None:
     for _ in range(3):
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)

@@ -288,22 +288,33 @@ class Storage:
         """Append an event, end the stream, or do nothing. Return what the stream holds."""
         # A stream in use expires only if no worker has renewed it for EXPIRE seconds.
         arguments: list[Any] = [name, KEEP, MAX_STREAMS, EXPIRE + HEARTBEAT, kind, value]
+        known = self.streams.get(name)
+        before = (known.epoch, known.next) if known else ("", 0)
         news = await self.call(self.write_script([STREAM + name, STREAMS, CHANGED], arguments))
-        if news is None:
+        state: dict[str, Any] = json.loads(news or "{}")
+        # Epochs and offsets only grow, unless Redis has lost the stream or its newest events.
+        if known and (not state or (state["epoch"], state["next"]) < before):
+            self.drop(known)
+        if not state:
             raise Refusal(1013, 503, TOO_MANY)
-        state: dict[str, Any] = json.loads(news)
         self.update(state)
         return state
+
+    def drop(self, stream: Stream) -> None:
+        """Close the consumers of a stream that Redis has lost."""
+        if self.streams.get(stream.name) is stream:
+            del self.streams[stream.name]
+        stream.end = None  # they did not get all events before it
+        stream.notify()
 
     def update(self, state: dict[str, Any]) -> None:
         """Note what a stream holds, and wake its consumers. If it has ended, stop its job."""
         name, epoch = state["name"], state["epoch"]
         stream = self.streams.get(name)
         if stream is None or stream.epoch < epoch:
-            lost = stream
+            if stream is not None:
+                self.drop(stream)
             stream = self.streams[name] = Stream(name, epoch)
-            if lost is not None:
-                lost.notify()  # so that its consumers end
         # Answers on two connections may come in another order.
         if stream.epoch > epoch or stream.next > state["next"]:
             return
@@ -373,7 +384,7 @@ class Storage:
             try:
                 found = await self.call(entries)
                 if not found:
-                    # Redis has lost the stream. With a new one, update() ends the consumers.
+                    # Redis has lost the stream. write() ends the consumers.
                     await self.write(stream.name)
                     return 0
             except Refusal:

@@ -14,6 +14,7 @@ import pytest
 import redis
 from websockets.exceptions import ConnectionClosed
 
+from lessons import log_redis_server
 from tests.diffs import without_docstring
 from tests.kit.clients import client, numbered
 from tests.kit.commands import with_options
@@ -371,6 +372,70 @@ async def test_consumers_hear_that_redis_has_lost_the_log(pair: list[Server], br
         assert not taker.status["recovered"]
         assert taker.status["epoch"] > epoch
         assert await taker.events(1) == [(1, "new")]
+
+
+@pytest.mark.parametrize("lost", ["the newest events", "a newer stream"])
+async def test_consumers_hear_that_redis_has_lost_the_newest_events(
+    pair: list[Server], broker: Redis, env: dict[str, str], lost: str
+) -> None:
+    """Redis is back with an older snapshot. They are closed with 1012, and resume from what there is."""
+    one, _ = pair
+    name = lost.replace(" ", "-")
+    with closing(redis.Redis.from_url(env["REDIS_URL"])) as connection:
+        admin: Any = connection
+        stream, streams = f"{log_redis_server.STREAM}{name}", log_redis_server.STREAMS
+        await produce(one, name, numbered(5))
+        snapshot, state = admin.dump(stream), admin.hget(streams, stream)
+        if lost == "a newer stream":
+            admin.delete(stream)
+        await produce(one, name, numbered(3))
+        async with consumer(one, name) as taker:
+            pipe = admin.pipeline(transaction=True)
+            pipe.restore(stream, 0, snapshot, replace=True).hset(streams, stream, state)
+            pipe.execute()
+            await taker.websocket.wait_closed()
+            assert taker.websocket.close_code == 1012
+            after = f"{taker.status['epoch']}:{taker.status['next'] - 1}"
+    async with consumer(one, name, after) as taker:
+        assert (taker.status["first"], taker.status["next"]) == (1, 6)
+        assert not taker.status["recovered"]
+        assert await taker.events(5) == [(number, str(number - 1)) for number in range(1, 6)]
+
+
+@pytest.fixture
+async def storage(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[log_redis_server.Storage]:
+    """The storage of a lesson that runs in this process."""
+    monkeypatch.setattr(log_redis_server, "REDIS_URL", env["REDIS_URL"])
+    storage = log_redis_server.Storage()
+    monkeypatch.setattr(log_redis_server, "storage", storage)
+    yield storage
+    await storage.redis.aclose()
+
+
+class Sent(list[str]):
+    """What the server sends to a consumer. Redis is emptied when the consumer gets the first event."""
+
+    async def send_text(self, frame: str) -> None:
+        if not self:
+            await log_redis_server.storage.redis.flushdb()
+        self.append(frame)
+
+    async def close(self, code: int) -> None:
+        self.append(f"close {code}")
+
+
+async def test_a_consumer_does_not_get_the_end_without_all_events(storage: log_redis_server.Storage) -> None:
+    """Redis has lost the stream, so the consumer is closed with 1012, although the stream had ended."""
+    stream = await storage.open("ended")
+    for payload in numbered(log_redis_server.BURST + 1):
+        await storage.append(stream, payload)
+    await storage.end_job("ended", "done")
+    websocket: Any = Sent()
+    await log_redis_server.send_events(websocket, stream, 1)
+    assert len(websocket) == log_redis_server.BURST + 1
+    assert websocket[-1] == "close 1012"
 
 
 def test_a_server_without_redis_ends_with_one_line() -> None:

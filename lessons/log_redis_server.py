@@ -285,7 +285,10 @@ class Storage:
         return await self.call(self.renew_script([JOBS], [JOB_TIMEOUT, *self.jobs]))
 
     async def write(self, name: str, kind: str = "", value: str = "") -> dict[str, Any]:
-        """Append an event, end the stream, or do nothing. Return what the stream holds."""
+        """Append an event, end the stream, or do nothing. Return what the stream holds.
+
+        Return {} if the stream does not exist, and there are too many others to make it.
+        """
         # A stream in use expires only if no worker has renewed it for EXPIRE seconds.
         arguments: list[Any] = [name, KEEP, MAX_STREAMS, EXPIRE + HEARTBEAT, kind, value]
         known = self.streams.get(name)
@@ -295,9 +298,8 @@ class Storage:
         # Epochs and offsets only grow, unless Redis has lost the stream or its newest events.
         if known and (not state or (state["epoch"], state["next"]) < before):
             self.drop(known)
-        if not state:
-            raise Refusal(1013, 503, TOO_MANY)
-        self.update(state)
+        if state:
+            self.update(state)
         return state
 
     def drop(self, stream: Stream) -> None:
@@ -334,13 +336,16 @@ class Storage:
             if stream.users == 0 and stream.used_at < oldest:
                 del self.streams[stream.name]
                 self.locks.pop(stream.name, None)
-        await self.write(name)
+        if not await self.write(name):
+            raise Refusal(1013, 503, TOO_MANY)
         self.streams[name].used_at = time.monotonic()
         return self.streams[name]
 
     async def append(self, stream: Stream, payload: str) -> bool:
         """Add an event. Return False if the stream has ended."""
         state = await self.write(stream.name, "event", payload)
+        if not state:
+            raise Refusal(1013, 503, TOO_MANY)
         return "end" not in state
 
     async def read(self, stream: Stream, offset: int) -> AsyncIterator[Event | int]:

@@ -402,6 +402,27 @@ async def test_consumers_hear_that_redis_has_lost_the_newest_events(
         assert await taker.events(5) == [(number, str(number - 1)) for number in range(1, 6)]
 
 
+async def test_a_lost_stream_does_not_keep_others_from_being_renewed(broker: Redis) -> None:
+    """Redis loses a stream with a consumer and one with a job, and there are too many to make them again."""
+    url = broker.url()
+    command = with_constants(f"lessons.{NAME}", HEARTBEAT=1, MAX_STREAMS=2)
+    stream, streams = log_redis_server.STREAM, log_redis_server.STREAMS
+    with closing(redis.Redis.from_url(url)) as connection, running(command, env={"REDIS_URL": url}) as server:
+        admin: Any = connection
+        async with consumer(server, "lost") as taker, consumer(server, "kept"):
+            pipe = admin.pipeline(transaction=True)
+            pipe.delete(stream + "lost").hdel(streams, stream + "lost")
+            pipe.xadd(stream + "new", {"payload": 1}).hset(streams, stream + "new", "{}")
+            pipe.zadd(log_redis_server.JOBS, {"lost-job": 0})
+            pipe.persist(stream + "kept")
+            pipe.execute()
+            await taker.websocket.wait_closed()
+            assert taker.websocket.close_code == 1012
+            await until(lambda: admin.ttl(stream + "kept") > 0, "the other stream to be renewed")
+            await until(lambda: admin.zcard(log_redis_server.JOBS) == 0, "the job to be forgotten")
+        check_quiet(server)
+
+
 @pytest.fixture
 async def storage(
     env: dict[str, str], monkeypatch: pytest.MonkeyPatch

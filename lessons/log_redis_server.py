@@ -35,7 +35,7 @@ from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic_core import from_json
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -190,12 +190,13 @@ class Storage:
         self.jobs: dict[str, asyncio.Task[None]] = {}
         # One consumer of a stream reads from Redis at a time, and the others use what it read.
         self.locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Each call takes one, in order. In a BlockingConnectionPool, some calls may wait for ever.
+        self.connections = asyncio.Semaphore(8)
         self.reachable = True
         try:
             # redis-py would repeat a command if the connection breaks: an event could come twice.
-            pool = BlockingConnectionPool.from_url(
+            self.redis = Redis.from_url(
                 REDIS_URL,
-                max_connections=8,
                 retry=Retry(NoBackoff(), 0),
                 socket_timeout=None,  # call() has a timeout
                 protocol=2,  # with 3, xread() returns a dict
@@ -204,15 +205,14 @@ class Storage:
         except ValueError as error:
             log.error("REDIS_URL is not the address of a Redis: %s", error)
             sys.exit(3)  # tells uvicorn not to start this worker again
-        self.redis = Redis.from_pool(pool)
         self.write_script = self.redis.register_script(WRITE)
         self.renew_script = self.redis.register_script(RENEW)
 
-    async def call(self, answer: Awaitable[Any]) -> Any:
-        """Wait for Redis. Refuse the client if Redis refuses or does not answer."""
+    async def call(self, command: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        """Call Redis. Refuse the client if Redis refuses or does not answer."""
         try:
-            async with asyncio.timeout(REDIS_TIMEOUT):
-                result = await answer
+            async with asyncio.timeout(REDIS_TIMEOUT), self.connections:
+                result = await command(*args, **kwargs)
         except ResponseError as error:
             # The message of a script's error begins with the place in the script.
             why = re.sub(r".*@user_script: ?\d+: ?-?([A-Z]+ )?", "", str(error))
@@ -261,7 +261,7 @@ class Storage:
         """Take in what any worker changes in any stream."""
         last = "0"
         while True:
-            for _, changes in await self.call(self.redis.xread({CHANGED: last}, block=1000)):
+            for _, changes in await self.call(self.redis.xread, {CHANGED: last}, block=1000):
                 for number, change in changes:
                     last = number
                     state = json.loads(change["state"])
@@ -282,7 +282,7 @@ class Storage:
 
     async def renew_jobs(self) -> Any:
         """Say that the jobs of this worker are running. Return the jobs of dead workers."""
-        return await self.call(self.renew_script([JOBS], [JOB_TIMEOUT, *self.jobs]))
+        return await self.call(self.renew_script, [JOBS], [JOB_TIMEOUT, *self.jobs])
 
     async def write(self, name: str, kind: str = "", value: str = "") -> dict[str, Any]:
         """Append an event, end the stream, or do nothing. Return what the stream holds.
@@ -293,7 +293,8 @@ class Storage:
         arguments: list[Any] = [name, KEEP, MAX_STREAMS, EXPIRE + HEARTBEAT, kind, value]
         known = self.streams.get(name)
         before = (known.epoch, known.next) if known else ("", 0)
-        news = await self.call(self.write_script([STREAM + name, STREAMS, CHANGED], arguments))
+        keys = [STREAM + name, STREAMS, CHANGED]
+        news = await self.call(self.write_script, keys, arguments)
         state: dict[str, Any] = json.loads(news or "{}")
         # Epochs and offsets only grow, unless Redis has lost the stream or its newest events.
         if known and (not state or (state["epoch"], state["next"]) < before):
@@ -385,9 +386,9 @@ class Storage:
                 return 0
             # An id without an offset stands for all ids of this epoch.
             first, last = f"{stream.epoch}-{offset}", stream.epoch
-            entries = self.redis.xrange(STREAM + stream.name, first, last, count=BURST)
+            key = STREAM + stream.name
             try:
-                found = await self.call(entries)
+                found = await self.call(self.redis.xrange, key, first, last, count=BURST)
                 if not found:
                     # Redis has lost the stream. write() ends the consumers.
                     await self.write(stream.name)
@@ -408,7 +409,7 @@ class Storage:
 
     async def stop_job(self, name: str) -> bool:
         """Stop a job, whichever worker runs it. Return False if there is no such job."""
-        if await self.call(self.redis.zscore(JOBS, name)) is None:
+        if await self.call(self.redis.zscore, JOBS, name) is None:
             return False
         await self.end_job(name, "stopped")
         return True
@@ -424,15 +425,15 @@ class Storage:
     async def end_job(self, name: str, end: str) -> None:
         """Write the end of a stream, which stops its job. Only the first end counts."""
         await self.write(name, "end", end)
-        await self.call(self.redis.zrem(JOBS, name))
+        await self.call(self.redis.zrem, JOBS, name)
 
     async def stats(self) -> dict[str, int]:
         """Count the events of each stream."""
-        saved = await self.call(self.redis.hgetall(STREAMS))
+        saved = await self.call(self.redis.hgetall, STREAMS)
         async with self.redis.pipeline(transaction=False) as pipe:
             for key in saved:
                 pipe.exists(key)
-            exist = await self.call(pipe.execute())
+            exist = await self.call(pipe.execute)
         counts = {}
         for text, exists in zip(saved.values(), exist, strict=True):
             state = json.loads(text)

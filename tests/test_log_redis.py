@@ -90,6 +90,18 @@ def check_quiet(server: Server) -> None:
         assert complaint not in server.log, server.log
 
 
+@pytest.fixture
+async def storage(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[log_redis_server.Storage]:
+    """The storage of a lesson that runs in this process."""
+    monkeypatch.setattr(log_redis_server, "REDIS_URL", env["REDIS_URL"])
+    storage = log_redis_server.Storage()
+    monkeypatch.setattr(log_redis_server, "storage", storage)
+    yield storage
+    await storage.redis.aclose()
+
+
 async def ending(taker: Consumer) -> dict[str, Any]:
     """Skip events up to the end of the stream, and return that frame."""
     while "end" not in (frame := await taker.frame()):
@@ -168,6 +180,20 @@ async def test_an_event_source_resumes_at_another_server(pair: list[Server]) -> 
         text = (await source.readuntil(f"id: {epoch}:2\n\n".encode())).decode()
     assert '"recovered": true' in text
     assert text.count('data: "') == 1
+
+
+async def test_producers_get_their_turn_at_redis(storage: log_redis_server.Storage) -> None:
+    """Without turns, a few fast producers would get all connections, and the others 1013."""
+    stream = await storage.open("fast")
+    counts = [0] * 20
+
+    async def produce_fast(number: int) -> None:
+        while max(counts) < 50:
+            await storage.append(stream, "1")
+            counts[number] += 1
+
+    await asyncio.gather(*map(produce_fast, range(20)))
+    assert min(counts) > 25
 
 
 # A server or a worker dies
@@ -421,18 +447,6 @@ async def test_a_lost_stream_does_not_keep_others_from_being_renewed(broker: Red
             await until(lambda: admin.ttl(stream + "kept") > 0, "the other stream to be renewed")
             await until(lambda: admin.zcard(log_redis_server.JOBS) == 0, "the job to be forgotten")
         check_quiet(server)
-
-
-@pytest.fixture
-async def storage(
-    env: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[log_redis_server.Storage]:
-    """The storage of a lesson that runs in this process."""
-    monkeypatch.setattr(log_redis_server, "REDIS_URL", env["REDIS_URL"])
-    storage = log_redis_server.Storage()
-    monkeypatch.setattr(log_redis_server, "storage", storage)
-    yield storage
-    await storage.redis.aclose()
 
 
 class Sent(list[str]):

@@ -61,6 +61,11 @@ async def start(page: Page, question: str) -> None:
     await page.get_by_role("button", name="Start a job").click()
 
 
+async def has_words(page: Page, count: int) -> None:
+    """Wait until so many words have come over the websocket."""
+    await expect(page.locator("#websocket > *").nth(count - 1)).to_be_attached()
+
+
 async def test_a_job_goes_on_while_the_tab_is_closed(context: BrowserContext, server: Server) -> None:
     """The next tab shows the whole answer, over both transports, and marks what is new."""
     page, problems = await opened(context, server)
@@ -87,7 +92,7 @@ async def test_a_job_can_be_stopped(context: BrowserContext, server: Server) -> 
 
 
 async def test_the_page_says_that_the_server_has_lost_a_job(context: BrowserContext) -> None:
-    """The page reconnects after a restart."""
+    """The page reconnects after a restart. It says the same when it is opened again."""
     command = uvicorn_command("lessons.log_server:app")
     with running(command) as first:
         page, _ = await opened(context, first)
@@ -99,9 +104,42 @@ async def test_the_page_says_that_the_server_has_lost_a_job(context: BrowserCont
             re.compile("closed with .*; trying again")
         )
         with running(command, first.port):
-            await expect(page.locator("#news")).to_have_text(
-                "The server no longer has this job. Start another one."
-            )
+            for _ in range(2):
+                await expect(page.locator("#news")).to_have_text(
+                    "The server no longer has this job. Start another one."
+                )
+                await expect(page.get_by_role("button", name="Stop it")).to_be_disabled()
+                await page.reload()
+
+
+async def test_each_tab_reconnects_to_its_own_job(context: BrowserContext, server: Server) -> None:
+    tabs = []
+    for _ in range(2):
+        page, _ = await opened(context, server)
+        await start(page, "word " * 1000)
+        await has_words(page, 1)
+        tabs.append(page)
+    for page in tabs:
+        shown = await page.evaluate("socket.close(), find('#websocket').children.length")
+        await has_words(page, shown + 1)
+        await expect(page.locator("#news")).to_have_text(re.compile("^job-.* is running$"))
+
+
+async def test_an_older_job_does_not_change_what_is_new_of_the_last_job(
+    context: BrowserContext, server: Server
+) -> None:
+    """Another tab still shows the older job."""
+    older, _ = await opened(context, server)
+    await start(older, "word " * 1000)
+    await has_words(older, 10)
+    page, _ = await opened(context, server)
+    await start(page, "two words")
+    for pane in ("#websocket", "#source"):
+        await expect(page.locator(f"{pane}-state")).to_have_text("The job has ended: done")
+    shown = await older.evaluate("find('#websocket').children.length")
+    await has_words(older, shown + 1)
+    await page.reload()
+    assert await page.evaluate("seen") == 4
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,7 +1,10 @@
 """web/log.html in a real browser: a job goes on while the tab is closed, and its words are there later."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Self
 
 import pytest
 import pytest_asyncio
@@ -11,7 +14,7 @@ from tests.kit.browser import CONTRAST, FLAGS
 from tests.kit.commands import uvicorn_command
 from tests.kit.needs import CHROMIUM, needs_browser
 from tests.kit.servers import Server, running, tracebacks
-from tests.kit.waiting import TIMEOUT
+from tests.kit.waiting import TIMEOUT, until
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -64,6 +67,51 @@ async def start(page: Page, question: str) -> None:
 async def has_words(page: Page, count: int) -> None:
     """Wait until so many words have come over the websocket."""
     await expect(page.locator("#websocket > *").nth(count - 1)).to_be_attached()
+
+
+class Proxy:
+    """Forwards connections to a server. While it is broken, it answers 502."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.broken = False
+        self.refused = ""  # the requests
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self.listener = await asyncio.start_server(self.handle, "127.0.0.1", 0)
+        self.port = self.listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.break_down()
+        self.listener.close()
+
+    def break_down(self) -> None:
+        """Break all connections, and accept no more."""
+        self.broken = True
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
+        if self.broken:
+            with suppress(OSError):
+                self.refused += (await reader.read(65536)).decode()
+            writer.write(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            writer.close()
+            return
+        answers, requests = await asyncio.open_connection("127.0.0.1", self.server.port)
+        self.writers.append(requests)
+        await asyncio.gather(forward(reader, requests), forward(answers, writer))
+
+
+async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 async def test_a_job_goes_on_while_the_tab_is_closed(context: BrowserContext, server: Server) -> None:
@@ -140,6 +188,24 @@ async def test_an_older_job_does_not_change_what_is_new_of_the_last_job(
     await has_words(older, shown + 1)
     await page.reload()
     assert await page.evaluate("seen") == 4
+
+
+async def test_the_page_reconnects_after_a_proxy_has_answered_502(
+    context: BrowserContext, server: Server
+) -> None:
+    """An EventSource does not try again after such an answer, so the page does. No word is lost."""
+    async with Proxy(server) as proxy:
+        page = await context.new_page()
+        await page.goto(f"http://127.0.0.1:{proxy.port}/")
+        await start(page, QUESTION)
+        await expect(page.locator("#source")).to_contain_text("word1")
+        proxy.break_down()
+        await until(lambda: "GET /streams/" in proxy.refused, "the EventSource to get a 502")
+        await expect(page.locator("#source-state")).to_have_text("closed; trying again")
+        proxy.broken = False
+        for pane in ("#websocket", "#source"):
+            await expect(page.locator(f"{pane}-state")).to_have_text("The job has ended: done")
+            assert (await page.locator(pane).inner_text()).split() == ["You", "asked:", *QUESTION.split()]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -8,7 +8,7 @@ from typing import Self
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Page, Route, async_playwright, expect
 
 from tests.kit.browser import CONTRAST, FLAGS
 from tests.kit.commands import uvicorn_command
@@ -206,6 +206,26 @@ async def test_the_page_reconnects_after_a_proxy_has_answered_502(
         for pane in ("#websocket", "#source"):
             await expect(page.locator(f"{pane}-state")).to_have_text("The job has ended: done")
             assert (await page.locator(pane).inner_text()).split() == ["You", "asked:", *QUESTION.split()]
+
+
+async def test_five_quick_clicks_start_one_job(context: BrowserContext, server: Server) -> None:
+    page, problems = await opened(context, server)
+    requests: list[Route] = []
+
+    def hold(request: Route) -> None:
+        requests.append(request)
+
+    await page.route("**/jobs", hold)
+    button = page.get_by_role("button", name="Start a job")
+    await button.click(click_count=5)
+    await until(lambda: len(requests) > 0, "a request")
+    await expect(button).to_be_disabled()
+    for request in requests:
+        await request.continue_()
+    await expect(page.locator("#news")).to_have_text(re.compile("^job-.* is running$"))
+    await expect(button).to_be_enabled()
+    assert len(requests) == 1
+    assert problems == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

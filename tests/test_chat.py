@@ -115,6 +115,10 @@ class Window:
         await self.room.press("Enter")
         await expect(self.state).to_contain_text("connected to process")
         await expect(self.people.get_by_text("(you)")).to_have_count(1)
+        # Until the page is drawn anew, it shows who was in the room before. The count comes with the
+        # window's own announcement, which the server handles after the subscription.
+        counted = re.compile(rf"^{re.escape(room)} [1-9]\d*$")
+        await expect(self.rooms.filter(has_text=counted)).to_have_count(1)
 
     async def say(self, text: str) -> None:
         await self.message.fill(text)

@@ -133,7 +133,7 @@ class Channel:
         self.filled = asyncio.Event()
         self.filled.set()
         self.line = asyncio.Lock()
-        self.consumers = 0  # that take turns
+        self.consumers = 0  # how many take turns
 
     def qsize(self) -> int:
         """Count the payloads in the shared queue."""

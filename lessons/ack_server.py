@@ -90,7 +90,7 @@ class Channel:
         # A payload takes up space until a consumer gets it. If it comes back, it takes up none,
         # because there may be none by then.
         self.space = asyncio.Semaphore(capacity)
-        self.consumers = 0  # that take turns
+        self.consumers = 0  # how many take turns
         self.dead: list[Entry] = []
 
     def qsize(self) -> int:

@@ -190,7 +190,7 @@ class Storage:
         self.jobs: dict[str, asyncio.Task[None]] = {}
         # One consumer of a stream reads from Redis at a time, and the others use what it read.
         self.locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        # Each call takes one, in order. In a BlockingConnectionPool, some calls may wait for ever.
+        # Each call takes one, in order. With a BlockingConnectionPool, some may time out.
         self.connections = asyncio.Semaphore(8)
         self.reachable = True
         try:

@@ -49,7 +49,7 @@ class Channel:
         self.numbers = itertools.count()
         # A payload takes up space until it is delivered, so there is always room to put it back.
         self.space = asyncio.Semaphore(capacity)
-        self.consumers = 0  # that take turns
+        self.consumers = 0  # how many take turns
 
     def qsize(self) -> int:
         """Count the payloads that wait for a consumer."""

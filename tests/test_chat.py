@@ -115,8 +115,8 @@ class Window:
         await self.room.press("Enter")
         await expect(self.state).to_contain_text("connected to process")
         await expect(self.people.get_by_text("(you)")).to_have_count(1)
-        # Until the page is drawn anew, it shows who was in the room before. The count comes with the
-        # window's own announcement, which the server handles after the subscription.
+        # At first, the page still shows the people of the old room. The count of the new room comes
+        # with the window's own announcement, which the server handles after the subscription.
         counted = re.compile(rf"^{re.escape(room)} [1-9]\d*$")
         await expect(self.rooms.filter(has_text=counted)).to_have_count(1)
 

@@ -235,7 +235,7 @@ def knows_redis(server: Server) -> bool:
 
 @asynccontextmanager
 async def relay(broker: Redis) -> AsyncIterator[tuple[str, Callable[[], None]]]:
-    """Relay connections to Redis. Yields a URL, and a function that cuts off those that have subscribed.
+    """Relay connections to Redis. Yields a URL, and a function that cuts off the subscribed connections.
 
     They stay open, but what is sent does not arrive, as behind a firewall that has forgotten them.
     """

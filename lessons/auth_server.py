@@ -29,6 +29,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.security import OAuth2PasswordRequestForm, SecurityScopes
 from pwdlib import PasswordHash
 from pydantic_core import from_json
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -112,6 +113,24 @@ channel = Channel(CAPACITY)
 passwords = PasswordHash.recommended()
 NOBODY = passwords.hash(os.urandom(32))
 one_hash = asyncio.Lock()  # Argon2 takes 64 MiB for each password that it checks
+
+
+def refuse_if_cancelled(app: ASGIApp) -> ASGIApp:
+    """Answer 503 to a request that still waits when the server stops: uvicorn cancels it."""
+
+    async def call_app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            # Sending raises RuntimeError if the response has begun.
+            with suppress(RuntimeError):
+                response = JSONResponse({"detail": "the server is stopping"}, 503)
+                await response(scope, receive, send)
+
+    return call_app
+
+
+app.add_middleware(refuse_if_cancelled)
 
 
 async def same_origin(websocket: WebSocket) -> None:
@@ -224,15 +243,7 @@ async def consumer(websocket: WebSocket) -> None:
             sender.cancel()
 
 
-async def refuse_when_stopping() -> AsyncIterator[None]:
-    """Refuse a request that still waits when the server stops: uvicorn cancels it."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise HTTPException(503, "the server is stopping") from None
-
-
-@app.post("/token", dependencies=[Depends(refuse_when_stopping)])
+@app.post("/token")
 async def log_in(form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> JSONResponse:
     """Exchange a password for a token. An unknown user takes as long as a wrong password."""
     password_hash, allowed = USERS.get(form.username, (NOBODY, set()))

@@ -29,6 +29,7 @@ from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import OAuth2PasswordRequestForm
 from pydantic_core import from_json
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -76,6 +77,24 @@ class Bucket:
 app = FastAPI()
 connections: Counter[str] = Counter()  # by client
 failures: Counter[str] = Counter()  # by name, and by client
+
+
+def refuse_if_cancelled(app: ASGIApp) -> ASGIApp:
+    """Answer 503 to a request that still waits when the server stops: uvicorn cancels it."""
+
+    async def call_app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            # Sending raises RuntimeError if the response has begun.
+            with suppress(RuntimeError):
+                response = JSONResponse({"detail": "the server is stopping"}, 503)
+                await response(scope, receive, send)
+
+    return call_app
+
+
+app.add_middleware(refuse_if_cancelled)
 
 
 def release(counter: Counter[str], keys: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from fastapi.exceptions import HTTPException, RequestValidationError, WebSocketE
 from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -122,6 +123,24 @@ class Client:
 app = FastAPI()
 messages = Router()
 clients: set[Client] = set()
+
+
+def refuse_if_cancelled(app: ASGIApp) -> ASGIApp:
+    """Answer 503 to a request that still waits when the server stops: uvicorn cancels it."""
+
+    async def call_app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            # Sending raises RuntimeError if the response has begun.
+            with suppress(RuntimeError):
+                response = JSONResponse({"detail": "the server is stopping"}, 503)
+                await response(scope, receive, send)
+
+    return call_app
+
+
+app.add_middleware(refuse_if_cancelled)
 
 
 def push(topic: str, message: BaseModel) -> int:

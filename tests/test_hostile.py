@@ -22,6 +22,7 @@ from tests.kit.clients import (
     client,
     consumer,
     consumer_path,
+    gone,
     narrow,
     numbered,
     produce,
@@ -30,7 +31,7 @@ from tests.kit.clients import (
     vanish,
     write,
 )
-from tests.kit.commands import ACKING, CONSUMER, PRODUCER, SERVERS, with_options
+from tests.kit.commands import ACKING, CONSUMER, PRODUCER, SERVERS, uvicorn_command, with_options
 from tests.kit.servers import Server, running, tracebacks
 from tests.kit.waiting import SLOWNESS, TIMEOUT, until
 
@@ -386,6 +387,41 @@ async def test_a_limit_of_connections_holds_for_websockets(command: list[str]) -
                         await stack.enter_async_context(client(server, CONSUMER))
                         break
                     await asyncio.sleep(0.01)
+
+
+# Requests
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("auth_server", "/token"),
+        ("limits_server", "/token"),
+        ("log_server", "/jobs"),
+        ("typed_server", "/boards/news"),
+    ],
+)
+async def test_half_a_request_leaves_no_traceback(name: str, path: str, stops: bool) -> None:
+    """The client leaves, or the server stops, before the body is complete.
+
+    FastAPI reads the body of a POST before it calls a dependency, which could catch an exception.
+    """
+    with running(uvicorn_command(f"lessons.{name}:app")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        writer.write(head.encode() + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\nx")
+        # The server says 100 when it begins to read.
+        assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"
+        if not stops:
+            writer.close()
+            await gone(server, {writer.get_extra_info("sockname")[1]})
+        server.interrupt()
+        assert await asyncio.to_thread(server.ends_within, ENDING) is not None
+        if stops:
+            assert b"HTTP/1.1 50" in await reader.read()
+            writer.close()
+        assert tracebacks(server.log) == 0, server.log
 
 
 # Pages

@@ -142,11 +142,13 @@ async def limit_logins(
         raise HTTPException(429, "too many failed logins", {"Retry-After": str(LOGIN_WINDOW)})
     # Count it as failed until it succeeds, or a hundred guesses at once would all be checked.
     failures.update(keys)
-    forget = asyncio.get_running_loop().call_later(LOGIN_WINDOW, release, failures, keys)
+    loop = asyncio.get_running_loop()
+    forget = loop.call_later(LOGIN_WINDOW, release, failures, keys)
     yield
-    # The endpoint has raised no exception, so the login has succeeded.
-    forget.cancel()
-    release(failures, keys)
+    # The endpoint has raised no exception, so the login has succeeded. It may be forgotten already.
+    if loop.time() < forget.when():
+        forget.cancel()
+        release(failures, keys)
 
 
 async def same_origin(websocket: WebSocket) -> None:

@@ -243,12 +243,15 @@ async def test_a_first_message_without_a_token_is_refused() -> None:
     """A binary message, no message in time, and a token that expires later: all close with 1008."""
     with running(IMPATIENT, env={"SECRET_KEY": KEY}) as server:
         for path in SCOPES:
+            mark = len(server.log)
             async with client(server, path, **pair()) as binary:
                 await binary.send(b"\xff")
                 await binary.wait_closed()
                 assert (binary.close_code, binary.close_reason) == (1008, "the token is not valid")
             async with client(server, path, **pair()):
                 pass
+            left = "closed with 1001: the connection ended before a token came"
+            await until(lambda: left in server.log[mark:], "the line")  # noqa: B023
             async with client(server, path, **pair()) as silent:
                 await silent.wait_closed()
                 assert silent.close_code == 1008

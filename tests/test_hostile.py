@@ -394,20 +394,22 @@ async def test_a_limit_of_connections_holds_for_websockets(command: list[str]) -
 
 @pytest.mark.parametrize("stops", [False, True])
 @pytest.mark.parametrize(
-    ("name", "path"),
+    ("module", "path"),
     [
-        ("auth_server", "/token"),
-        ("limits_server", "/token"),
-        ("log_server", "/jobs"),
-        ("typed_server", "/boards/news"),
+        ("lessons.auth_server", "/token"),
+        ("lessons.limits_server", "/token"),
+        ("lessons.log_server", "/jobs"),
+        ("lessons.typed_server", "/boards/news"),
+        ("tests.examples.auth_limits", "/token"),
+        ("tests.examples.auth_pubsub", "/token"),
     ],
 )
-async def test_half_a_request_leaves_no_traceback(name: str, path: str, stops: bool) -> None:
+async def test_half_a_request_leaves_no_traceback(module: str, path: str, stops: bool) -> None:
     """The client leaves, or the server stops, before the body is complete.
 
     FastAPI reads the body of a POST before it calls a dependency, which could catch an exception.
     """
-    with running(uvicorn_command(f"lessons.{name}:app")) as server:
+    with running(uvicorn_command(f"{module}:app")) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         head = f"POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         writer.write(head.encode() + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\nx")

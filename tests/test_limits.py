@@ -349,6 +349,18 @@ async def test_a_right_password_takes_back_no_later_failure(monkeypatch: pytest.
     assert limits_server.failures == {"name alice": 1, "client 192.0.2.1": 1}
 
 
+async def test_a_login_that_takes_long_takes_back_no_later_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a password is checked for longer than LOGIN_WINDOW, the login is already forgotten."""
+    monkeypatch.setattr(limits_server, "failures", Counter())
+    monkeypatch.setattr(limits_server, "LOGIN_WINDOW", 0.01)
+    connection: Any = SimpleNamespace(client=SimpleNamespace(host="192.0.2.1"))
+    form: Any = SimpleNamespace(username="alice")
+    async with asynccontextmanager(limits_server.limit_logins)(connection, form):
+        await until(lambda: not limits_server.failures, "the login to be forgotten")
+        limits_server.failures["name alice"] += 1
+    assert limits_server.failures == {"name alice": 1}
+
+
 def test_what_is_no_longer_counted_is_forgotten() -> None:
     """Otherwise each client would leave something in the memory."""
     counter = Counter(["one", "two", "two"])

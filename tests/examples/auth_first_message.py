@@ -21,6 +21,8 @@ async def first_message(websocket: WebSocket, needed: SecurityScopes) -> AsyncIt
     try:
         async with asyncio.timeout(TOKEN_TIMEOUT) as timer:
             message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketException(1001, "the connection ended before a token came")
             claims = auth_server.check(message.get("text") or "", needed)
             reason = "the token has expired"
             timer.reschedule(asyncio.get_running_loop().time() + int(claims["exp"]) - time.time())

@@ -13,6 +13,7 @@ async def user(claims: Annotated[dict[str, Any], Depends(auth_server.bearer)]) -
 
 
 app = FastAPI()
+app.add_middleware(auth_server.refuse_if_cancelled)
 app.exception_handler(WebSocketException)(auth_server.close)
 app.get("/")(auth_server.index)
 app.post("/token", dependencies=[Depends(limits_server.limit_logins)])(auth_server.log_in)

@@ -23,6 +23,7 @@ async def session(
 
 
 app = FastAPI()
+app.add_middleware(auth_server.refuse_if_cancelled)
 app.exception_handler(WebSocketException)(auth_server.close)
 app.post("/token")(auth_server.log_in)
 members = [Security(session, scopes=["produce", "consume"])]

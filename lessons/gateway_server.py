@@ -16,6 +16,9 @@ import os
 import sys
 from contextlib import suppress
 
+# Raise the limit, or a client with large cookies gets no answer. websockets reads it on import.
+os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+
 import uvicorn
 from fastapi import Depends, FastAPI, Response, WebSocket, WebSocketDisconnect, WebSocketException
 from starlette.types import Message
@@ -69,15 +72,22 @@ async def close(websocket: WebSocket, error: WebSocketException) -> None:
             await websocket.close(error.code, error.reason)
 
 
+class Connect(connect):
+    """Connect, but follow no redirect: raise InvalidStatus instead."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        return exc
+
+
 async def open_upstream(websocket: WebSocket) -> ClientConnection:
     """Connect to the client's path and query at the upstream. Raise what connect() raises."""
     path = websocket.scope["raw_path"].decode().removeprefix("/")
     query = websocket.scope["query_string"].decode()
     client = websocket.client.host if websocket.client else "unknown"
     headers = [(name, value) for name, value in websocket.headers.items() if name in HEADERS]
-    return await connect(
+    return await Connect(
         f"{UPSTREAM}/{path}?{query}",
-        # With a host and a port, connect() goes nowhere else, even if the upstream redirects it.
+        # With a host and a port, connect() goes nowhere else, whatever path the client sends.
         host=address.host,
         port=address.port,
         proxy=None,
@@ -148,6 +158,9 @@ async def relay(websocket: WebSocket, upstream: ClientConnection) -> None:
     finally:
         # The upstream may not have answered the close frame.
         upstream.transport.abort()
+        # websockets does not stop its pings if the connection was lost before they began.
+        if upstream.keepalive_task:
+            upstream.keepalive_task.cancel()
 
 
 async def refuse(websocket: WebSocket, status: int, reason: str) -> None:
@@ -185,7 +198,6 @@ async def forward(websocket: WebSocket, path: str) -> None:
 
 
 if __name__ == "__main__":
-    # Raise the limit, or a client with large cookies gets no answer. Compression costs much CPU.
-    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
+    # Compression costs much CPU.
     options = ["--timeout-graceful-shutdown=1", "--ws-per-message-deflate=false", *sys.argv[1:]]
     uvicorn.main(["__main__:app", *options])

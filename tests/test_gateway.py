@@ -424,6 +424,21 @@ async def test_no_redirect_leads_elsewhere(gateway: Server) -> None:
     await check_no_redirect_leads_elsewhere(gateway)
 
 
+@pytest.mark.parametrize("locations", [["/elsewhere"], ["/ws/a", "/ws/b"]], ids=len)
+async def test_no_redirect_leads_to_another_path(gateway: Server, locations: list[str]) -> None:
+    """The upstream's other paths are not for clients. An answer with two locations makes no sense."""
+    asked: list[str] = []
+
+    def redirect(_: ServerConnection, request: Request) -> Response | None:
+        asked.append(request.path)
+        headers = Headers([("Location", location) for location in locations])
+        return Response(302, "Found", headers) if request.path == "/ws/x" else None
+
+    async with upstream(listen, process_request=redirect):
+        assert (await refusal(gateway))[0] == 502
+    assert asked == ["/ws/x"]
+
+
 async def test_a_redirect_leads_the_naive_gateway_elsewhere(naive_gateway: Server) -> None:
     """Whoever can make the upstream redirect reaches what the gateway's machine can reach."""
     with fails("led elsewhere"):
@@ -510,6 +525,31 @@ async def test_an_upstream_that_dies_is_a_bad_gateway(gateway: Server, sent: byt
                 while True:
                     await websocket.send("x" * 10_000)
         assert (websocket.close_code, websocket.close_reason) == (1014, "the upstream went away")
+
+
+async def test_an_upstream_that_is_lost_at_once_causes_no_traceback() -> None:
+    """If it is lost before websockets begins to send pings, websockets does not stop them."""
+    impatient = "from functools import partial; lesson.Connect = partial(lesson.Connect, ping_interval=0.01)"
+    command = with_constants("lessons.gateway_server", impatient)
+    with running(command, env=ENV) as gateway:
+        # The gateway stands still until the connection is lost, and then sees all at once.
+
+        def stop(_: ServerConnection, __: Request) -> None:
+            gateway.process.send_signal(signal.SIGSTOP)
+
+        async def ping_and_reset(websocket: ServerConnection) -> None:
+            await websocket.ping()
+            await reset(websocket)
+            gateway.process.send_signal(signal.SIGCONT)
+
+        async with upstream(ping_and_reset, process_request=stop):
+            for _ in range(3):
+                with suppress(InvalidStatus):
+                    async with client(gateway, "/ws/x") as websocket:
+                        await websocket.wait_closed()
+        await all_gone(gateway)
+        await asyncio.sleep(0.1)  # a ping that was not stopped has failed by then
+        assert tracebacks(gateway.log) == 0
 
 
 async def test_a_message_over_the_limit_ends_the_connection(gateway: Server) -> None:

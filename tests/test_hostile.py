@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -140,6 +141,18 @@ async def test_ctrl_c_works_while_the_sender_of_a_large_handshake_is_connected(f
         assert await end(fresh, signal.SIGINT, ENDING) == 0
         await bystander.wait_closed()
         assert bystander.close_code == 1012
+
+
+@pytest.mark.parametrize("script", ["server.py", "lessons/gateway_server.py"])
+async def test_a_script_accepts_large_cookies(script: str) -> None:
+    """The scripts raise the limit of websockets, which would not answer."""
+    behind = [sys.executable, "server.py", "--port"]
+    with running(behind) as upstream:
+        command = [sys.executable, script, "--port"]
+        with running(command, env={"UPSTREAM": upstream.url("")}) as server:
+            async with raw_client(server) as raw:
+                status = await raw.shake_hands(PRODUCER, LARGE_HANDSHAKES["a cookie of 9 kB"][1])
+            assert status.split()[1] == "101"
 
 
 # Full sockets

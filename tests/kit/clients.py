@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
@@ -109,13 +110,13 @@ def write(websocket: ClientConnection, payloads: Iterable[str]) -> None:
     websocket.transport.write(b"".join(frames))
 
 
-async def vanish(websocket: ClientConnection) -> None:
+async def vanish(websocket: Connection) -> None:
     """Leave as a killed process does: the operating system closes the socket, without a close frame."""
     websocket.transport.abort()
     await websocket.wait_closed()
 
 
-async def reset(websocket: ClientConnection) -> None:
+async def reset(websocket: Connection) -> None:
     """Leave with a TCP reset."""
     sock = websocket.transport.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

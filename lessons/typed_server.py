@@ -145,10 +145,11 @@ app.add_middleware(refuse_if_cancelled)
 
 def push(topic: str, message: BaseModel) -> int:
     """Send a message to the subscribers of a topic, without waiting. Return how many there are."""
+    text = message.model_dump_json()
     subscribers = [client for client in clients if topic in client.topics]
     for client in subscribers:
         try:
-            client.outbox.put_nowait(message.model_dump_json())
+            client.outbox.put_nowait(text)
         except asyncio.QueueFull:
             client.disconnect(1013, "you read too slowly: connect again")
     return len(subscribers)
@@ -205,22 +206,30 @@ def parse(text: str) -> Call | Error:
         error.details = [{"loc": ["type"], "msg": f"not one of {', '.join(messages.models)}"}]
     except ValidationError as problem:
         error.details = [{"loc": e["loc"], "msg": e["msg"][:200]} for e in problem.errors()]
+    except Exception:
+        log.exception("a validator failed on call %s", error.id)
+        error.reason = "the server failed"
     return error
 
 
-async def handle(text: str | None, client: Client) -> BaseModel | None:
-    """Call the handler of a message. Return its reply, or an error. None is a binary frame."""
+async def handle(text: str | None, client: Client) -> str | None:
+    """Call the handler of a message. Return the JSON of its reply, or of an error."""
     if text is None:
-        return Error(reason="a binary frame: send messages as text")
+        return Error(reason="a binary frame: send messages as text").model_dump_json()
     call = parse(text)
     if isinstance(call, Error):
-        return call
+        return call.model_dump_json()
     try:
         async with asyncio.timeout(HANDLER_TIMEOUT):
-            return await messages.handlers[call.type](call, client)
-    except Exception:
+            reply = await messages.handlers[call.type](call, client)
+        return None if reply is None else reply.model_dump_json()
+    except (Exception, asyncio.CancelledError) as failure:
+        # Is this task itself cancelled, or only something that the handler waits for?
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise asyncio.CancelledError from failure
         log.exception("call %d of %s failed", call.id, client.name)
-        return Error(id=call.id, reason="the server failed")
+        return Error(id=call.id, reason="the server failed").model_dump_json()
 
 
 async def send_messages(websocket: WebSocket, client: Client) -> None:
@@ -237,8 +246,7 @@ async def endpoint(websocket: WebSocket) -> None:
     await websocket.accept()
     client = Client(websocket)
     clients.add(client)
-    # If the client does not read, disconnect() or uvicorn cancels this endpoint.
-    with suppress(asyncio.CancelledError):
+    try:
         async with asyncio.TaskGroup() as group:
             sender = group.create_task(send_messages(websocket, client))
             while (message := await websocket.receive())["type"] != "websocket.disconnect":
@@ -246,11 +254,15 @@ async def endpoint(websocket: WebSocket) -> None:
                 if text is not None and len(text.encode()) > MAX_MESSAGE:
                     client.disconnect(1009, f"a message has at most {MAX_MESSAGE} bytes")
                 elif reply := await handle(text, client):
-                    await client.outbox.put(reply.model_dump_json())
+                    await client.outbox.put(reply)
                 # If there are more calls, nothing above pauses: let the senders run.
                 await asyncio.sleep(0)
             sender.cancel()
-    clients.discard(client)
+    except asyncio.CancelledError:
+        # If the client does not read, disconnect() or uvicorn cancels this endpoint.
+        pass
+    finally:
+        clients.discard(client)
     if client.refusal:
         raise client.refusal
 

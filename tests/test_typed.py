@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, closing
 from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from websockets.asyncio.client import ClientConnection
@@ -163,10 +164,19 @@ async def test_a_message_over_a_mebibyte_ends_the_connection(boards: Server) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [("fail", "ValueError: a handler's mistake"), ("sleep", "TimeoutError")]
+    ("kind", "cause"),
+    [
+        ("fail", "ValueError: a handler's mistake"),
+        ("sleep", "TimeoutError"),
+        ("list", "pydantic_core._pydantic_core.PydanticSerializationError"),
+        ("wait", "asyncio.exceptions.CancelledError"),
+    ],
 )
 async def test_a_handler_that_fails_or_hangs_is_an_error(boards: Server, kind: str, cause: str) -> None:
-    """The caller gets an error with its id, the log gets one entry, and the connection lives on."""
+    """The caller gets an error with its id, the log gets one entry, and the connection lives on.
+
+    A reply that cannot be serialized is a failure too, and so is a wait for a task that somebody cancels.
+    """
     mark = len(boards.log)
     async with client(boards, "/ws") as websocket:
         error = await ask(websocket, id=5, type=kind)
@@ -175,10 +185,59 @@ async def test_a_handler_that_fails_or_hangs_is_an_error(boards: Server, kind: s
     log = boards.log[mark:]
     assert log.count("ERROR") == 1
     assert "ERROR:    call 5 of 127.0.0.1:" in log
-    assert f"\n{cause}\n" in log
+    assert f"\n{cause}" in log
+
+
+async def test_a_handler_that_fails_after_its_client_is_cut_off_changes_no_close_code(boards: Server) -> None:
+    mark = len(boards.log)
+    async with client(boards, "/ws") as websocket:
+        await websocket.send('{"id": 5, "type": "leave"}')
+        await websocket.wait_closed()
+        assert (websocket.close_code, websocket.close_reason) == (1013, "enough")
+    assert "Exception in ASGI application" not in boards.log[mark:]
+
+
+async def test_a_validator_that_fails_is_an_error(boards: Server) -> None:
+    """The caller gets an error with its id, if the validator raises anything but a ValueError."""
+    mark = len(boards.log)
+    async with client(boards, "/ws") as websocket:
+        assert (await ask(websocket, id=4, type="pick", text="known"))["type"] == "echoed"
+        error = await ask(websocket, id=5, type="pick", text="unknown")
+        assert error == {"type": "error", "id": 5, "reason": "the server failed", "details": []}
+        await lives_on(websocket)
+    log = boards.log[mark:]
+    assert log.count("ERROR") == 1
+    assert "ERROR:    a validator failed on call 5\n" in log
+
+
+@pytest.mark.parametrize("subscribers", [0, 2])
+async def test_a_push_that_cannot_be_serialized_fails_and_harms_no_subscriber(
+    boards: Server, subscribers: int
+) -> None:
+    """The client whose handler pushes it gets an error, even if there are no subscribers."""
+    async with AsyncExitStack() as stack:
+        pusher = await stack.enter_async_context(client(boards, "/ws"))
+        watchers = [await stack.enter_async_context(client(boards, "/ws")) for _ in range(subscribers)]
+        for watcher in watchers:
+            await ask(watcher, id=1, type="watch", board="news")
+        error = await ask(pusher, id=5, type="tell")
+        assert (error["id"], error["reason"]) == (5, "the server failed")
+        assert (await ask(pusher, **POST))["count"] == subscribers
+        for watcher in watchers:
+            assert json.loads(await receive(watcher))["text"] == "x"
 
 
 # Connections
+
+
+async def test_a_client_is_forgotten_whatever_ends_its_endpoint() -> None:
+    """Even a mistake in the endpoint itself."""
+    websocket: Any = AsyncMock(client=None)
+    websocket.receive.side_effect = KeyError("a mistake")
+    with pytest.raises(ExceptionGroup) as failure:
+        await typed_server.endpoint(websocket)
+    assert failure.group_contains(KeyError, match="a mistake")
+    assert not typed_server.clients
 
 
 async def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody_else(boards: Server) -> None:

@@ -11,6 +11,7 @@ last 100 notes of each board, until it stops.
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import sys
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, Request, WebSocket, WebSocketDisconnect
@@ -32,6 +33,7 @@ if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
 
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
+log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
 TOKEN = os.environ.get("TOKEN")  # if it is set, clients need `Authorization: Bearer TOKEN`
 MODULES = Path(__file__).parent.parent / "tests/typescript/node_modules"
 LOCAL = Path(os.environ.get("ASYNCAPI_COMPONENT", MODULES / "@asyncapi/react-component"))
@@ -93,7 +95,7 @@ class Error(Message):
 
 
 C = TypeVar("C", bound=Call)
-Handler = Callable[[C, WebSocket], Awaitable[Numbered]]
+Handler = Callable[[C, WebSocket], Awaitable[Numbered | Error]]
 
 
 class Router:
@@ -101,12 +103,26 @@ class Router:
 
     def __init__(self, *others: type[Message]) -> None:
         self.others = others
+        self.models: dict[str, type[Call]] = {}
+        self.replies: dict[str, list[type[Message]]] = {}
         self.handlers: dict[str, Handler[Any]] = {}
 
     def on(self, kind: str) -> Callable[[Handler[C]], Handler[C]]:
         """Decorate a handler. Its annotations are the models of the call and of the reply."""
 
         def decorate(handler: Handler[C]) -> Handler[C]:
+            hints = get_type_hints(handler)
+            call = hints["call"]
+            if call in self.models.values():
+                raise ValueError(f"{kind} needs a model of its own: {call.__name__} has a handler")
+            reply = hints.get("return")
+            # A union, such as Notes | Error, has several models.
+            replies = get_args(reply) or (reply,)
+            if not all(isinstance(model, type) and issubclass(model, Message) for model in replies):
+                raise TypeError(f"the handler of {kind} must return a Message, not {reply}")
+            self.models[kind] = call
+            # Any call can get an error. The document lists each model once.
+            self.replies[kind] = list(dict.fromkeys([*replies, Error]))
             self.handlers[kind] = handler
             return handler
 
@@ -148,20 +164,41 @@ async def signed_in(authorization: Annotated[str, Header()] = "") -> None:
         raise WebSocketException(1008, "the token is missing or wrong")
 
 
-async def handle(text: str, websocket: WebSocket) -> Message:
-    """Call the handler of a message. Return its reply, or an error."""
+def parse(text: str) -> Call | Error:
+    """Read a message with the model of its type, or say what is wrong with it."""
     error = Error(reason="not a valid call")
     try:
         error.id = Numbered.model_validate_json(text).id
-        handler = messages.handlers.get(Call.model_validate_json(text).type)
-        if handler:
-            call = get_type_hints(handler)["call"].model_validate_json(text)
-            return await handler(call, websocket)
-        known = ", ".join(messages.handlers)
-        error.details = [{"loc": ["type"], "msg": f"not one of {known}"}]
+        kind = Call.model_validate_json(text).type
+        if kind in messages.models:
+            return messages.models[kind].model_validate_json(text)
+        error.details = [{"loc": ["type"], "msg": f"not one of {', '.join(messages.models)}"}]
     except ValidationError as problem:
-        error.details = [{"loc": e["loc"], "msg": e["msg"]} for e in problem.errors()]
+        error.details = [{"loc": e["loc"], "msg": e["msg"][:200]} for e in problem.errors()]
+    except Exception:
+        log.exception("a validator failed on call %s", error.id)
+        error.reason = "the server failed"
     return error
+
+
+async def handle(text: str, websocket: WebSocket) -> None:
+    """Call the handler of a message. Send its reply, or an error."""
+    call = parse(text)
+    if isinstance(call, Error):
+        await websocket.send_text(call.model_dump_json())
+        return
+    try:
+        reply = await messages.handlers[call.type](call, websocket)
+        await websocket.send_text(reply.model_dump_json())
+    except (Exception, asyncio.CancelledError) as failure:
+        # Is this task itself cancelled, or only something that the handler waits for?
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            raise asyncio.CancelledError from failure
+        error = Error(id=call.id, reason="the server failed")
+        # If the handler has failed because the client has left, this ends the endpoint.
+        await websocket.send_text(error.model_dump_json())
+        log.exception("call %d failed", call.id)
 
 
 @app.websocket("/ws", dependencies=[Depends(same_origin), Depends(signed_in)])
@@ -170,8 +207,7 @@ async def endpoint(websocket: WebSocket) -> None:
     # If the client does not read, uvicorn cancels this endpoint when it stops.
     with suppress(*GONE, asyncio.CancelledError):
         while (message := await websocket.receive())["type"] != "websocket.disconnect":
-            reply = await handle(message.get("text") or "", websocket)
-            await websocket.send_text(reply.model_dump_json())
+            await handle(message.get("text") or "", websocket)
 
 
 # A generator of types would make a type of each field that has a title.
@@ -183,35 +219,38 @@ class NoTitles(GenerateJsonSchema):
 @app.get("/asyncapi.json")
 async def document(request: Request) -> dict[str, Any]:
     """Describe what this server receives, replies and sends, in AsyncAPI 3."""
-    hints = {kind: get_type_hints(handler) for kind, handler in messages.handlers.items()}
-    replies = {hint["return"]: None for hint in hints.values()}
-    models: list[tuple[type[BaseModel], JsonSchemaMode]]
-    models = [(hint["call"], "validation") for hint in hints.values()]
-    models += [(model, "serialization") for model in (*replies, *messages.others)]
-    _, schemas = models_json_schema(
-        models, schema_generator=NoTitles, ref_template="#/components/schemas/{model}"
+    keys: list[tuple[type[BaseModel], JsonSchemaMode]]
+    keys = [(model, "validation") for model in messages.models.values()]
+    for models in (*messages.replies.values(), messages.others):
+        keys += [(model, "serialization") for model in models]
+    refs, schemas = models_json_schema(
+        keys, schema_generator=NoTitles, ref_template="#/components/schemas/{model}"
     )
-    for kind, hint in hints.items():
-        schemas["$defs"][hint["call"].__name__]["properties"]["type"]["const"] = kind
+    # A model that is both received and sent may have two schemas, which have two names.
+    names = {key: ref["$ref"].rpartition("/")[2] for key, ref in refs.items()}
+    kinds: dict[type[BaseModel], str] = {call: kind for kind, call in messages.models.items()}
     contents: dict[str, Any] = {}
-    for model, _ in models:
-        payload = {"$ref": f"#/components/schemas/{model.__name__}"}
-        contents[model.__name__] = {"payload": payload}
+    for model, mode in keys:
+        name = names[model, mode]
+        contents[name] = {"payload": refs[model, mode]}
         if "id" in model.model_fields:
-            contents[model.__name__]["correlationId"] = {"location": "$message.payload#/id"}
-    channel = {"$ref": "#/channels/ws"}
+            contents[name]["correlationId"] = {"location": "$message.payload#/id"}
+        if model in kinds:
+            schemas["$defs"][name]["properties"]["type"]["const"] = kinds[model]
 
-    def refer(*models: type[BaseModel]) -> dict[str, Any]:
+    def refer(mode: JsonSchemaMode, *models: type[BaseModel]) -> dict[str, Any]:
         path = "#/channels/ws/messages/"
-        return {"channel": channel, "messages": [{"$ref": path + m.__name__} for m in models]}
+        found = [{"$ref": path + names[model, mode]} for model in models]
+        return {"channel": {"$ref": "#/channels/ws"}, "messages": found}
 
     operations: dict[str, Any] = {}
-    for kind, hint in hints.items():
-        operations[kind] = {"action": "receive", **refer(hint["call"])}
-        operations[kind]["reply"] = refer(hint["return"], Error)
+    for kind, call in messages.models.items():
+        operations[kind] = {"action": "receive", **refer("validation", call)}
+        operations[kind]["reply"] = refer("serialization", *messages.replies[kind])
         operations[kind]["summary"] = messages.handlers[kind].__doc__ or ""
     for model in messages.others:
-        operations[model.__name__] = {"action": "send", **refer(model)}
+        name = names[model, "serialization"]
+        operations[name] = {"action": "send", **refer("serialization", model)}
     protocol = "wss" if request.url.scheme == "https" else "ws"
     security = [{"type": "http", "scheme": "bearer"}] if TOKEN else []
     server = {"host": request.url.netloc, "protocol": protocol, "security": security}

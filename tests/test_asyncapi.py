@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import WebSocket
 from playwright.async_api import Page, Route, async_playwright, expect
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import InvalidStatus
 
+from lessons.asyncapi_server import Notes, Post, Read, Router
+from tests.checks import Leaving
 from tests.kit.browser import FLAGS
-from tests.kit.clients import client, receive
+from tests.kit.clients import client, receive, reset, vanish
 from tests.kit.commands import uvicorn_command
 from tests.kit.needs import CHROMIUM, needs_browser
 from tests.kit.root import ROOT
-from tests.kit.servers import Server, running
-from tests.kit.waiting import TIMEOUT
+from tests.kit.servers import Server, running, tracebacks
+from tests.kit.waiting import TIMEOUT, until
 
 TYPESCRIPT = ROOT / "tests" / "typescript"
 MODULES = TYPESCRIPT / "node_modules"
@@ -68,6 +72,48 @@ async def test_calls_get_replies_and_errors(boards: Server) -> None:
         ("error", None),
     ]
     assert [error["details"][0]["loc"] for error in answers[3:]] == [["type"], ["board"], []]
+
+
+@pytest.mark.parametrize(
+    ("call", "cause"),
+    [
+        ({"type": "fail", "how": "file"}, "pydantic_core._pydantic_core.PydanticSerializationError"),
+        ({"type": "fail", "how": "wait"}, "asyncio.exceptions.CancelledError"),
+        ({"type": "fail", "how": "runtime"}, "RuntimeError: a handler's mistake"),
+        ({"type": "fail", "how": "validation"}, "pydantic_core._pydantic_core.ValidationError"),
+        ({"type": "pick", "text": "unknown"}, "KeyError: 'unknown'"),
+    ],
+    ids=["a reply that is not UTF-8", "a cancelled task", "RuntimeError", "ValidationError", "a validator"],
+)
+async def test_a_handler_or_a_validator_that_fails_is_an_error(
+    boards: Server, call: dict[str, str], cause: str
+) -> None:
+    """The caller gets an error with its id, the log gets the traceback, and the connection lives on."""
+    mark = len(boards.log)
+    async with client(boards, "/ws") as websocket:
+        await websocket.send(json.dumps({"id": 5, **call}))
+        error = json.loads(await receive(websocket))
+        assert error == {"type": "error", "id": 5, "reason": "the server failed", "details": []}
+        await websocket.send('{"id": 6, "type": "echo", "text": "?"}')
+        assert json.loads(await receive(websocket)) == {"id": 6, "type": "echoed", "text": "?"}
+    assert f"\n{cause}" in boards.log[mark:]
+
+
+@pytest.mark.parametrize("leave", [vanish, reset, ClientConnection.close], ids=["killed", "reset", "closed"])
+async def test_a_client_that_leaves_while_a_handler_sends_is_no_failure(
+    boards: Server, leave: Leaving
+) -> None:
+    """The log has no traceback."""
+    mark = len(boards.log)
+    async with client(boards, "/ws") as websocket:
+        await websocket.send('{"id": 1, "type": "flood"}')
+        await receive(websocket)
+        await leave(websocket)
+        await until(lambda: "the flood is over" in boards.log[mark:], "the handler to end")
+    async with client(boards, "/ws") as websocket:
+        await websocket.send('{"id": 6, "type": "echo", "text": "?"}')
+        await receive(websocket)
+    assert tracebacks(boards.log[mark:]) == 0
 
 
 async def test_the_document_says_that_a_token_is_needed() -> None:
@@ -123,24 +169,70 @@ def test_the_document_says_what_the_server_receives_replies_and_sends(boards: Se
     def names(operation: dict[str, Any]) -> list[str]:
         return [message["$ref"].removeprefix("#/channels/ws/messages/") for message in operation["messages"]]
 
+    operations = spec["operations"]
     received = {
-        tuple(names(operation)): names(operation["reply"])
-        for operation in spec["operations"].values()
-        if operation["action"] == "receive"
+        tuple(names(operations[kind])): names(operations[kind]["reply"]) for kind in ("read", "post", "echo")
     }
     assert received == {
         ("Read",): ["Notes", "Error"],
         ("Post",): ["Notes", "Error"],
         ("Echo",): ["Echoed", "Error"],
     }
-    sent = [names(operation) for operation in spec["operations"].values() if operation["action"] == "send"]
-    assert sent == [["Note"], ["Error"]]
+    sent = [names(operation) for operation in operations.values() if operation["action"] == "send"]
+    assert sent[:2] == [["Note"], ["Error"]]
     assert spec["operations"]["echo"]["summary"] == "Say it again."
     post = spec["components"]["schemas"]["Post"]
     assert post["properties"]["text"] == {"type": "string", "minLength": 1, "maxLength": 1000}
     assert post["required"] == ["id", "type", "board", "text"]
     assert post["properties"]["type"]["const"] == "post"
     assert spec["components"]["schemas"]["Note"]["required"] == ["type", "board", "text"]
+
+
+def test_a_model_can_be_both_received_and_sent(boards: Server) -> None:
+    """A field with a default may be missing in a call, and is there in all that the server sends.
+
+    A reply can be a union of models. Two models can have the same name.
+    """
+    spec = document(boards)
+
+    def find(ref: dict[str, str]) -> dict[str, Any]:
+        found = spec
+        for part in ref["$ref"].removeprefix("#/").split("/"):
+            found = found[part]
+        return found
+
+    def schemas(operation: dict[str, Any]) -> list[dict[str, Any]]:
+        return [find(find(message)["payload"]) for message in operation["messages"]]
+
+    [call] = schemas(spec["operations"]["draft"])
+    assert call["required"] == ["id", "type"]
+    reply, error = schemas(spec["operations"]["draft"]["reply"])
+    assert error["title"] == "Error"
+    sends = [operation for operation in spec["operations"].values() if operation["action"] == "send"]
+    *_, [sent], [archived] = map(schemas, sends)
+    assert sent == find(reply["properties"]["draft"])
+    assert sent["required"] == ["id", "type", "text"]
+    assert call["properties"]["type"]["const"] == sent["properties"]["type"]["const"] == "draft"
+    assert archived["required"] == ["type", "year"]
+
+
+def test_a_handler_without_a_model_of_its_own_is_refused() -> None:
+    """So is a handler that does not say which model it returns. The server does not start."""
+    router = Router()
+
+    async def read(call: Read, websocket: WebSocket) -> Notes:
+        return Notes(id=call.id, count=0)
+
+    async def post(call: Post, websocket: WebSocket) -> None:
+        pass
+
+    router.on("read")(read)
+    with pytest.raises(ValueError, match="reread needs a model of its own: Read has a handler"):
+        router.on("reread")(read)
+    untyped: Any = post
+    with pytest.raises(TypeError, match="the handler of post must return a Message, not <class 'NoneType'>"):
+        router.on("post")(untyped)
+    assert list(router.handlers) == ["read"]
 
 
 def run(*command: str) -> tuple[int, str]:

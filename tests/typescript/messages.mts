@@ -5,7 +5,7 @@
  * and run json-schema-to-typescript to regenerate this file.
  */
 
-export type Message = Read | Post | Notes | Note | Error;
+export type Message = Read | Post | Notes | Error | Note;
 
 export interface Read {
   id: number;
@@ -23,11 +23,6 @@ export interface Notes {
   type: "notes";
   count: number;
 }
-export interface Note {
-  type: "note";
-  board: "news" | "jobs";
-  text: string;
-}
 export interface Error {
   type: "error";
   id: number | null;
@@ -35,4 +30,9 @@ export interface Error {
   details: {
     [k: string]: unknown;
   }[];
+}
+export interface Note {
+  type: "note";
+  board: "news" | "jobs";
+  text: string;
 }

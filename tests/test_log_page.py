@@ -139,6 +139,17 @@ async def test_a_job_can_be_stopped(context: BrowserContext, server: Server) -> 
     assert problems == []
 
 
+async def test_the_page_says_why_a_job_cannot_be_stopped(context: BrowserContext, server: Server) -> None:
+    page, _ = await opened(context, server)
+    await start(page, "word " * 1000)
+    await has_words(page, 1)
+    refusal = {"detail": "Redis is gone"}
+    await page.route("**/jobs/*", lambda route: route.fulfill(status=503, json=refusal), times=1)
+    for said in ("Redis is gone", "The job has ended: stopped"):
+        await page.get_by_role("button", name="Stop it").click()
+        await expect(page.locator("#news")).to_have_text(said)
+
+
 async def test_the_page_says_that_the_server_has_lost_a_job(context: BrowserContext) -> None:
     """The page reconnects after a restart. It says the same when it is opened again."""
     command = uvicorn_command("lessons.log_server:app")

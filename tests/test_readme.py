@@ -194,8 +194,9 @@ def play(blocks: list[str], place: int | None) -> None:
             playing.append(terminal)
         finish(playing, deadline)
         finish(terminals, deadline)
+        printed = "\n".join(f"{each.block}\nprinted:\n{each.printed()}" for each in terminals)
         for terminal in terminals:
-            assert terminal.shows(r"\Z"), f"printed:\n{terminal.printed()}\nexpected:\n{terminal.expected}"
+            assert terminal.shows(r"\Z"), f"expected:\n{terminal.expected}\nall terminals:\n{printed}"
         late = [terminal for terminal in terminals if terminal.steps or terminal.running()]
         assert not late, "\n".join(f"{each.block}\nso far:\n{each.printed()}" for each in late)
     finally:

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """More processes than cores, for most tests wait most of the time."""
-    return min(8, 2 * (os.cpu_count() or 1))
+    return min(8, 3 * (os.cpu_count() or 1))
 
 
 def yours(config: pytest.Config) -> Yours:

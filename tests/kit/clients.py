@@ -12,6 +12,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
+from websockets.protocol import State
 
 from tests.kit.commands import CONSUMER, PRODUCER
 from tests.kit.servers import Server
@@ -105,7 +106,12 @@ async def noticed(server: Server, sockets: set[int]) -> None:
 
 
 def write(websocket: ClientConnection, payloads: Iterable[str]) -> None:
-    """Send payloads ahead in one write, so that they reach the server together."""
+    """Send payloads ahead in one write, so that they reach the server together.
+
+    Raise ConnectionClosed if the connection has begun to close.
+    """
+    if websocket.state is not State.OPEN:
+        raise ConnectionClosed(None, None)
     frames = (Frame(Opcode.TEXT, payload.encode()).serialize(mask=True) for payload in payloads)
     websocket.transport.write(b"".join(frames))
 

@@ -404,9 +404,15 @@ def main() -> None:
     manager.start(start_manager)
     os.environ["QUEUE_ADDRESS"] = str(manager.address)
     [process] = multiprocessing.active_children()
-    # Compression would cost twice the CPU or more, for clients that offer it, as browsers do.
-    options = {"timeout_graceful_shutdown": 1, "ws_per_message_deflate": False, **vars(args)}
-    config = uvicorn.Config("__main__:app", **options)
+    config = uvicorn.Config(
+        "__main__:app",
+        timeout_graceful_shutdown=1,
+        # By default, uvicorn kills a worker that takes more than 5 seconds to start.
+        timeout_worker_healthcheck=30,
+        # Compression would cost twice the CPU or more, for clients that offer it, as browsers do.
+        ws_per_message_deflate=False,
+        **vars(args),
+    )
     with manager, config.bind_socket() as listener:
         # asyncio does not set it on a socket that it did not make (Kludex/uvicorn#3149).
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,7 +1,13 @@
 """What README.md says about using server.py in an app of your own."""
 
+import asyncio
+from contextlib import suppress
+
+import pytest
 from websockets.asyncio.client import connect
 
+import server
+from tests.examples import in_app
 from tests.kit.clients import CONNECTING, receive
 from tests.kit.commands import uvicorn_command
 from tests.kit.servers import running, tracebacks
@@ -41,3 +47,25 @@ async def test_an_app_can_produce_and_consume_in_the_server() -> None:
         server.interrupt()
         assert server.ends_within(2) is not None
         assert tracebacks(server.log) == 0
+
+
+async def test_an_app_that_fails_to_save_a_payload_gets_it_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its task goes on, and the next payloads come after it."""
+    saved: list[str] = []
+
+    async def save(payload: str) -> None:
+        if not caplog.records:
+            raise OSError("the disk is full")
+        saved.append(payload)
+
+    monkeypatch.setattr(in_app, "save", save)
+    consuming = asyncio.create_task(in_app.consume())
+    await server.channel.put("1")
+    await server.channel.put("2")
+    await until(lambda: saved == ["1", "2"], "both")
+    assert caplog.messages == ["a payload went back to the queue"]
+    consuming.cancel()
+    with suppress(asyncio.CancelledError):
+        await consuming

@@ -266,7 +266,7 @@ async def document(request: Request) -> dict[str, Any]:
 
 @app.get("/asyncapi")
 async def page() -> HTMLResponse:
-    return HTMLResponse(PAGE)
+    return HTMLResponse(PAGE, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
 
 if COMPONENT == "/component":

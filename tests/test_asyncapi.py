@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -281,6 +282,11 @@ def test_the_types_find_mistakes(tmp_path: Path) -> None:
 def test_the_lock_file_names_no_registry_but_npms() -> None:
     lock = (TYPESCRIPT / "package-lock.json").read_text()
     assert set(re.findall(r'"resolved": "(https?://[^/]*)', lock)) <= {"https://registry.npmjs.org"}
+
+
+def test_no_other_site_can_show_the_page_in_a_frame(plain: Server) -> None:
+    with urllib.request.urlopen(plain.url("/asyncapi", "http")) as response:
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
 
 
 def test_the_page_loads_the_component_from_a_cdn(plain: Server) -> None:

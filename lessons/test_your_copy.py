@@ -42,11 +42,14 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = log
         command = [sys.executable, "-m", "uvicorn", APP, "--port", str(self.port)]
-        command += ["--timeout-graceful-shutdown", "1"]
         with log.open("w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
-        wait_for(self.started_or_ended, "the server to start")
-        assert self.process.poll() is None, log.read_text()
+        try:
+            wait_for(self.started_or_ended, "the server to start")
+            assert self.process.poll() is None, log.read_text()
+        except BaseException:
+            self.process.kill()
+            raise
 
     def started_or_ended(self) -> bool:
         return "Uvicorn running" in self.log.read_text() or self.process.poll() is not None
@@ -72,9 +75,9 @@ def server() -> Iterator[Server]:
 
 def test_a_payload_flows(server: Server) -> None:
     with server.connect(PRODUCER) as producer, server.connect(CONSUMER) as consumer:
-        producer.send('{"value": 1}')
-        assert producer.recv(DEADLINE) == '{"value": 1}'
-        assert consumer.recv(DEADLINE) == '{"value": 1}'
+        producer.send('{"value": 1.50}')
+        assert producer.recv(DEADLINE) == '{"value": 1.50}'
+        assert consumer.recv(DEADLINE) == '{"value": 1.50}'
 
 
 def test_a_departed_consumer_takes_nothing(server: Server) -> None:
@@ -125,5 +128,6 @@ def test_nothing_is_left_behind(server: Server) -> None:
     for path in (PRODUCER, CONSUMER):
         for _ in range(10):
             with server.connect(path) as websocket:
+                websocket.send("1")
                 websocket.socket.shutdown(socket.SHUT_RDWR)  # as if the client had been killed
     wait_for(lambda: server.connections() == 0, "the connections to end")

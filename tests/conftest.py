@@ -41,7 +41,11 @@ def yours(config: pytest.Config) -> Yours:
     server = config.getoption("--server")
     paths = (config.getoption("--producer-path"), config.getoption("--consumer-path"))
     port = your_server.port_of(server)
-    return Yours(shlex.split(server), config.invocation_params.dir, *paths, port)
+    try:
+        command = shlex.split(server)
+    except ValueError as error:  # an open quotation
+        raise pytest.UsageError(f"--server {server}: {error}") from None
+    return Yours(command, config.invocation_params.dir, *paths, port)
 
 
 def try_to_start(config: pytest.Config) -> None:
@@ -114,11 +118,11 @@ async def server(shared: Server) -> AsyncIterator[Server]:
     """A server with an empty queue. It must come through the test without a traceback."""
     mark = len(shared.log)
     yield shared
-    if shared.has_stats and "dead" in shared.stats():
-        shared.retry()
-    if not shared.yours or shared.yours.port:
+    if not shared.yours or shared.yours.port:  # else it is killed now, and may be unable to answer
+        if shared.has_stats and "dead" in shared.stats():
+            shared.retry()
         await drain(shared)  # of a test that failed
-    assert tracebacks(shared.log[mark:]) == 0, shared.log[mark:]
+    assert tracebacks(shared.log[mark:]) == 0, f"{your_server.NO_TRACEBACK}:\n{shared.log[mark:]}"
 
 
 @pytest.fixture

@@ -22,6 +22,17 @@ app.get("/stats")(stats)
 app.websocket("/in")(producer)
 app.websocket("/out/{name}")(consumer)
 """
+OTHER_STATS = """
+import os
+from fastapi import FastAPI
+from server import consumer, producer
+
+os.write(1, b"not UTF-8: \\xff")
+app = FastAPI()
+app.get("/stats")(lambda: {"queued": 0})
+app.websocket("/ws/producer")(producer)
+app.websocket("/ws/consumer")(consumer)
+"""
 
 
 def report(server: str, words: str, *options: str, folder: Path = ROOT) -> tuple[int, str]:
@@ -60,6 +71,18 @@ def test_the_report_says_that_promises_hold(tmp_path: Path) -> None:
     assert "2 promises: 2 hold.\n" in output
 
 
+def test_a_server_with_another_page_of_stats_is_not_blamed_for_it(tmp_path: Path) -> None:
+    """Nor for its log, which is not UTF-8. It has tests of its own beside it."""
+    (tmp_path / "mine.py").write_text(OTHER_STATS)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    start = f"env PYTHONPATH={ROOT}:. {command('mine:app')}"
+    code, output = report(start, "first_in or stats_say", folder=tmp_path)
+    assert code == 0, output
+    assert "  holds      First in first out\n" in output
+    assert "  not tried  Stats say how many payloads wait\n" in output
+
+
 def test_a_server_that_runs_already_stays_as_it_is() -> None:
     """It is not ended, and no payload stays in its queue."""
     with running(SERVERS["server.py"]) as server:
@@ -84,6 +107,8 @@ def test_a_server_that_does_not_start_is_an_error() -> None:
         ("ws://example.invalid", "name a server on this machine"),
         ("wss://127.0.0.1", "name a server on this machine"),
         ("ws://127.0.0.1:8000/ws", "give paths as --producer-path and --consumer-path"),
+        ("ws://127.0.0.1:99999", "Port out of range"),
+        ("ws://[::1", "Invalid IPv6 URL"),
     ],
 )
 def test_a_bad_url_is_an_error(server: str, reason: str) -> None:
@@ -94,4 +119,5 @@ def test_a_bad_url_is_an_error(server: str, reason: str) -> None:
 def test_a_url_has_a_port_and_a_command_has_none() -> None:
     assert port_of("ws://localhost:8000") == 8000
     assert port_of("http://127.0.0.1") == 80
+    assert port_of("env REDIS_URL=redis://127.0.0.1:6379 uvicorn mine:app --port") is None
     assert port_of("uvicorn mine:app --port") is None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Server:
     def log(self) -> str:
         if not self._log.closed:
             # Open it again: the server shares our file position, so seeking would move the server's, too.
-            self._logged = Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
+            self._logged = Path(f"/proc/self/fd/{self._log.fileno()}").read_text(errors="replace")
         return self._logged
 
     def wait_ready(self) -> None:
@@ -107,7 +107,13 @@ class Server:
                 return False
             return True
 
-        wait_for(accepts, "the server to accept connections")
+        try:
+            wait_for(accepts, f"the server to accept connections on port {self.port}")
+        except AssertionError as error:
+            if self.process.poll() is not None:
+                raise
+            why = str(error).partition("\nassert ")[0]
+            raise AssertionError(f"{why}\n{self.log[-2000:]}") from None
 
     def get(self, path: str) -> tuple[int, str, str]:
         """Return status, content type and body of a page."""
@@ -156,8 +162,15 @@ class Server:
     @cached_property
     def has_stats(self) -> bool:
         """Whether it serves /stats. The steps do not."""
-        status, _, body = self.get("/stats")
-        return status == 200 and (not self.yours or '"queued"' in body)
+        if not self.yours:
+            return self.get("/stats")[0] == 200
+        with suppress(OSError, HTTPException, ValueError):
+            status, _, body = self.get("/stats")
+            stats = json.loads(body)
+            if status == 200 and isinstance(stats, dict):
+                types = {name: type(stats.get(name)) for name in ("queued", "capacity", "acks")}
+                return types == {"queued": int, "capacity": int, "acks": bool}
+        return False
 
     @cached_property
     def acks(self) -> bool:

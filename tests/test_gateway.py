@@ -31,6 +31,7 @@ COMMAND = uvicorn_command("lessons.gateway_server:app")
 NAIVE = uvicorn_command("lessons.naive.gateway_server:app")
 STALL = 0.5 * SLOWNESS  # seconds, instead of 40 or 5, where a test waits for it
 IMPATIENT = with_constants("lessons.gateway_server", STALL_TIMEOUT=STALL, OPEN_TIMEOUT=STALL)
+PATIENT = with_constants("lessons.gateway_server", OPEN_TIMEOUT=5 * SLOWNESS)  # for many connections at once
 SOON = 1 * SLOWNESS  # seconds in which what goes at once has gone
 Handler = Callable[[ServerConnection], Awaitable[None]]
 Way = Callable[[ClientConnection], Awaitable[None]]
@@ -38,7 +39,7 @@ Way = Callable[[ClientConnection], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def shared_gateway() -> Iterator[Server]:
-    with running(COMMAND, env=ENV) as server:
+    with running(PATIENT, env=ENV) as server:
         yield server
 
 

@@ -52,6 +52,7 @@ CAPACITY = 1000  # payloads in each partition
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or takes from it
+SHARE = 8  # payloads that a producer may queue at once if others wait for space, too
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
 # Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
 # connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
@@ -297,6 +298,7 @@ class Partition:
         self.redis = connect(self.stream)
         self.reachable = True
         self.line = asyncio.Lock()
+        self.waiting = 0  # how many producers wait in line for space
         # The ids of the payloads that this worker's consumers have.
         self.mine: set[str] = set()
         # The ids of payloads of which Redis does not know yet that they were acknowledged, that a
@@ -339,21 +341,25 @@ class Partition:
     async def put(self, payloads: list[str], max_wait: float) -> int:
         """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
         deadline = time.monotonic() + max_wait
-        if not self.line.locked() and (count := await self.add(payloads)):
+        if not self.waiting and (count := await self.add(payloads)):
             return count
         # Producers wait in line. Otherwise one could get all the space while another gets none.
-        async with asyncio.timeout(max_wait):
-            await self.line.acquire()
+        self.waiting += 1
         try:
-            # A call that is on its way must not be cancelled: it may queue the payloads.
-            while not (count := await self.add(payloads)):
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                # Look at random times, so that no worker always looks just after another one.
-                await asyncio.sleep(random.uniform(0.02, 0.06))
-            return count
+            async with asyncio.timeout(max_wait):
+                await self.line.acquire()
+            try:
+                # A call that is on its way must not be cancelled: it may queue the payloads.
+                while not (count := await self.add(payloads[: BATCH if self.waiting == 1 else SHARE])):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    # Look at random times, so that no worker always looks just after another one.
+                    await asyncio.sleep(random.uniform(0.02, 0.06))
+                return count
+            finally:
+                self.line.release()
         finally:
-            self.line.release()
+            self.waiting -= 1
 
     async def take(self, most: int) -> list[tuple[str, str]]:
         """Take `most` payloads, or as many as there are. Return their ids and texts."""

@@ -49,6 +49,7 @@ CAPACITY = 1000  # payloads
 TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to be sent
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or takes from it
+SHARE = 8  # payloads that a producer may queue at once if others wait for space, too
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
 # Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
 # connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
@@ -300,6 +301,7 @@ class Channel:
     def __init__(self) -> None:
         self.reachable = True
         self.line = asyncio.Lock()
+        self.waiting = 0  # how many producers wait in line for space
         # The consumers with room for a payload. The first in line gets the next one.
         self.with_room: deque[Unacknowledged] = deque()
         self.wake = asyncio.Event()
@@ -352,21 +354,25 @@ class Channel:
     async def put(self, payloads: list[str], max_wait: float) -> int:
         """Queue the first of the payloads, at least one. Return how many, or raise TimeoutError."""
         deadline = time.monotonic() + max_wait
-        if not self.line.locked() and (count := await self.add(payloads)):
+        if not self.waiting and (count := await self.add(payloads)):
             return count
         # Producers wait in line. Otherwise one could get all the space while another gets none.
-        async with asyncio.timeout(max_wait):
-            await self.line.acquire()
+        self.waiting += 1
         try:
-            # A call that is on its way must not be cancelled: it may queue the payloads.
-            while not (count := await self.add(payloads)):
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                # Look at random times, so that no worker always looks just after another one.
-                await asyncio.sleep(random.uniform(0.02, 0.06))
-            return count
+            async with asyncio.timeout(max_wait):
+                await self.line.acquire()
+            try:
+                # A call that is on its way must not be cancelled: it may queue the payloads.
+                while not (count := await self.add(payloads[: BATCH if self.waiting == 1 else SHARE])):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    # Look at random times, so that no worker always looks just after another one.
+                    await asyncio.sleep(random.uniform(0.02, 0.06))
+                return count
+            finally:
+                self.line.release()
         finally:
-            self.line.release()
+            self.waiting -= 1
 
     async def deliver(
         self, handle: Callable[[str], Awaitable[object]], unacknowledged: Unacknowledged

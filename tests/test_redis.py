@@ -955,6 +955,37 @@ async def test_producers_wait_in_line(broker: Redis) -> None:
                 assert [await receive(taker) for _ in range(2)] == ["3", "4"]
 
 
+COUNT_LINE = """
+line = lesson.channel.line
+app.add_api_route("/line", lambda: line.locked() + len(line._waiters or ()))
+"""
+
+
+async def test_producers_in_line_share_the_space_of_a_burst(broker: Redis) -> None:
+    """A consumer takes 50 payloads at once, while two producers have 50 each. Nobody takes all the space."""
+    limits = {"CAPACITY": 100, "TIMEOUT": 6 * TIMEOUT}
+    command = with_constants("lessons.redis_server", COUNT_LINE, **limits)
+    with running(command, env={"REDIS_URL": broker.url()}) as server:
+        await produce(server, numbered(100))
+        async with client(server, PRODUCER) as first, client(server, PRODUCER) as second:
+            write(first, numbered(50))
+            write(second, numbered(50))
+            await until(lambda: server.get("/line")[2] == "2", "both to wait")
+            receipts = [0, 0]
+
+            async def count(place: int, producer: ClientConnection) -> None:
+                async for _ in producer:
+                    receipts[place] += 1
+
+            counting = [asyncio.create_task(count(*each)) for each in enumerate((first, second))]
+            async with client(server, CONSUMER + "?prefetch=50"):
+                await until(lambda: sum(receipts) == 50, "the receipts of 50 payloads")
+                assert min(receipts) >= 20
+            for task in counting:
+                task.cancel()
+            await asyncio.gather(*counting, return_exceptions=True)
+
+
 async def test_producers_wait_in_line_for_a_limited_time(broker: Redis) -> None:
     """Redis hangs, and so does the first in line. The next one gets 1013 before the first."""
     limits = {"CAPACITY": 1, "TIMEOUT": 2 * SLOWNESS, "REDIS_TIMEOUT": 3 * TIMEOUT}

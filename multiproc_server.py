@@ -96,11 +96,11 @@ class SharedQueue:
                     self.socket.sendto(b"wake up", worker)
             self.waiting.clear()
 
-    def take(self, worker: str) -> list[tuple[int, str]]:
-        """Take at most BATCH payloads. If there are fewer, wake up the worker when more arrive."""
+    def take(self, worker: str, most: int) -> list[tuple[int, str]]:
+        """Take at most `most` payloads. If there are fewer, wake up the worker when more arrive."""
         with self.lock:
-            count = min(BATCH, len(self.entries))
-            if count < BATCH:
+            count = min(most, len(self.entries))
+            if count < most:
                 self.waiting.add(worker)
             return [heapq.heappop(self.entries) for _ in range(count)]
 
@@ -185,12 +185,13 @@ class Channel:
 
     async def fetch(self, worker: str) -> None:
         """Take payloads for the consumers that wait, and give back what no consumer takes."""
+        most = BATCH
         with suppress(*LOST):
             while True:
                 await self.filled.wait()
                 await self.wanted.wait()
-                entries = self.shared.take(worker)
-                if len(entries) < BATCH:
+                entries = self.shared.take(worker, most)
+                if len(entries) < most:
                     self.filled.clear()
                 for entry in entries:
                     self.queue.put_nowait(entry)
@@ -199,6 +200,8 @@ class Channel:
                 while self.queue.qsize() != before:
                     before = self.queue.qsize()
                     await asyncio.sleep(0)
+                # What goes back costs time, and its space is free meanwhile: next time, take less.
+                most = max(1, len(entries) - before) if before else min(BATCH, 2 * most)
                 self.give_back()
 
     def give_back(self) -> None:

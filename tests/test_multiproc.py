@@ -543,14 +543,45 @@ def test_a_worker_that_waits_for_payloads_is_woken_once(tmp_path: Path) -> None:
         worker.bind(address)
         worker.setblocking(False)
         for payload in ("1", "2"):
-            assert queue.take(address) == []
+            assert queue.take(address, 1) == []
             queue.put([payload])
             assert worker.recv(100)
-            assert [text for _, text in queue.take("another worker")] == [payload]
+            assert [text for _, text in queue.take("another worker", 1)] == [payload]
             queue.put([payload])
             with pytest.raises(BlockingIOError):
                 worker.recv(100)
-            queue.take("another worker")
+            queue.take("another worker", 1)
+
+
+async def test_a_slow_consumer_moves_few_payloads_to_and_fro() -> None:
+    """What it does not take goes back to the manager. That costs time, and its space is free meanwhile."""
+    module = runpy.run_path(str(ROOT / "multiproc_server.py"), run_name="__mp_main__")
+    channel, queue = module["Channel"](), module["SharedQueue"]()
+    moved: list[str] = []
+    taken: list[str] = []
+
+    class Shared:
+        put_back = staticmethod(queue.put_back)
+
+        def take(self, *arguments: object) -> list[tuple[int, str]]:
+            entries: list[tuple[int, str]] = queue.take(*arguments)
+            moved.extend(payload for _, payload in entries)
+            return entries
+
+    async def work(payload: str) -> None:
+        taken.append(payload)
+        await asyncio.sleep(0.002)
+
+    channel.shared = Shared()
+    with queue.socket:
+        queue.put(numbered(500))
+        tasks = [asyncio.create_task(channel.fetch("")), asyncio.create_task(channel.deliver(work))]
+        await until(lambda: len(taken) >= 100, "100 payloads")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert taken == numbered(len(taken))
+    assert len(moved) < 64 + 3 * len(taken)
 
 
 async def test_the_queue_is_closed_to_others(fresh: Server) -> None:

@@ -1,4 +1,4 @@
-"""A consumer that takes two milliseconds for each payload, as steps/README.md shows it."""
+"""A consumer that takes five milliseconds for each payload, as steps/README.md shows it."""
 
 import asyncio
 import sys
@@ -18,7 +18,7 @@ async def main() -> None:
             while received < SENT:
                 await websocket.recv()
                 received += 1
-                await asyncio.sleep(0.002)  # the work
+                await asyncio.sleep(0.005)  # the work
         except ConnectionClosed as closed:
             print(closed)
     print(f"not received:\n{SENT - received} payloads")

@@ -349,13 +349,15 @@ class Partition:
             async with asyncio.timeout(max_wait):
                 await self.line.acquire()
             try:
-                # A call that is on its way must not be cancelled: it may queue the payloads.
-                while not (count := await self.add(payloads[: BATCH if self.waiting == 1 else SHARE])):
+                while True:
+                    first = payloads[:SHARE] if self.waiting > 1 else payloads
+                    # A call that is on its way must not be cancelled: it may queue the payloads.
+                    if count := await self.add(first):
+                        return count
                     if time.monotonic() > deadline:
                         raise TimeoutError
                     # Look at random times, so that no worker always looks just after another one.
                     await asyncio.sleep(random.uniform(0.02, 0.06))
-                return count
             finally:
                 self.line.release()
         finally:

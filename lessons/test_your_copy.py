@@ -128,6 +128,6 @@ def test_nothing_is_left_behind(server: Server) -> None:
     for path in (PRODUCER, CONSUMER):
         for _ in range(10):
             with server.connect(path) as websocket:
-                websocket.send("1")
+                websocket.send("1")  # from now on, uvicorn reads only what the server receives
                 websocket.socket.shutdown(socket.SHUT_RDWR)  # as if the client had been killed
     wait_for(lambda: server.connections() == 0, "the connections to end")

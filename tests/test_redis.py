@@ -955,10 +955,7 @@ async def test_producers_wait_in_line(broker: Redis) -> None:
                 assert [await receive(taker) for _ in range(2)] == ["3", "4"]
 
 
-COUNT_LINE = """
-line = lesson.channel.line
-app.add_api_route("/line", lambda: line.locked() + len(line._waiters or ()))
-"""
+COUNT_LINE = 'app.add_api_route("/line", lambda: lesson.channel.waiting)'
 
 
 async def test_producers_in_line_share_the_space_of_a_burst(broker: Redis) -> None:

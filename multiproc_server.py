@@ -376,13 +376,22 @@ def pass_on_signals(server: Multiprocess) -> None:
     """Run in a thread of the parent. uvicorn's own handlers finish a rolling restart first."""
     while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
         server.signal_queue.append(number)
-    server.should_exit.set()
+    stop(server)
 
 
 def stop_with(manager_process: BaseProcess, server: Multiprocess) -> None:
     """Run in a thread of the parent. Stop the server if the manager's process dies."""
     manager_process.join()
+    stop(server)
+
+
+def stop(server: Multiprocess) -> None:
+    """Stop the workers, even while uvicorn waits for one of them to show that it is alive."""
     server.should_exit.set()
+    for worker in server.processes:
+        # A worker that has just ended would never answer, so answer for it.
+        with suppress(OSError):
+            worker.child_conn.send(True)
 
 
 def main() -> None:

@@ -347,6 +347,21 @@ def test_a_signal_ends_the_server_while_the_workers_start(stop: Callable[[Server
         assert server.process.returncode == 0
 
 
+@pytest.mark.parametrize("stop", [press_ctrl_c, stop_service, close_terminal, kill_parent])
+def test_a_worker_that_dies_without_an_answer_does_not_delay_the_end(
+    fresh: Server, stop: Callable[[Server], None]
+) -> None:
+    """The parent asks each worker twice a second whether it is alive, and waits half a minute."""
+    worker = workers(fresh)[0]
+    worker.suspend()
+    time.sleep(1)  # so that the parent has asked it
+    stop(fresh)
+    worker.kill()
+    assert fresh.ends_within(2) is not None, fresh.log
+    assert_it_ended_quietly(fresh)
+    assert fresh.process.returncode == 0
+
+
 async def test_a_closed_terminal_stops_it_as_ctrl_c_does(fresh: Server) -> None:
     """Clients are closed with 1012, and the last line says how many payloads were still queued."""
     await produce(fresh, numbered(3))

@@ -83,6 +83,23 @@ def test_a_server_with_another_page_of_stats_is_not_blamed_for_it(tmp_path: Path
     assert "  not tried  Stats say how many payloads wait\n" in output
 
 
+@pytest.mark.parametrize("lifespan", [None, "lifespan"])
+def test_a_log_without_the_count_breaks_no_other_promise(tmp_path: Path, lifespan: str | None) -> None:
+    """Servers without GET /stats may log the count or not."""
+    (tmp_path / "mine.py").write_text(
+        "from fastapi import FastAPI, WebSocketException\n"
+        "from server import close, consumer, lifespan, producer\n"
+        f"app = FastAPI(lifespan={lifespan})\napp.exception_handler(WebSocketException)(close)\n"
+        "app.websocket('/ws/producer')(producer)\napp.websocket('/ws/consumer')(consumer)\n"
+    )
+    start = f"env PYTHONPATH={ROOT}:. {command('mine:app')}"
+    code, output = report(start, "were_left or while_payloads", folder=tmp_path)
+    assert code == (0 if lifespan else 1), output
+    assert "  holds      The server ends while payloads flow\n" in output
+    assert ("  holds      The server says how many payloads were left\n" in output) == bool(lifespan)
+    assert ("its log does not say: 7 payloads were still queued\n" in output) == (not lifespan)
+
+
 def test_a_server_that_runs_already_stays_as_it_is() -> None:
     """It is not ended, and no payload stays in its queue."""
     with running(SERVERS["server.py"]) as server:

@@ -557,7 +557,7 @@ async def test_rates_are_0_without_a_connection(browser: Browser) -> None:
 
 
 async def test_unknown_numbers_are_shown_as_unknown(browser: Browser) -> None:
-    """Before the login, or without an answer from the server, the page has no numbers."""
+    """Before the login, or if the server cannot count, the page says why it has no numbers."""
 
     async def shows_nothing(page: Page, why: str) -> None:
         await expect(page.locator("#queue-text")).to_have_text(why)
@@ -581,6 +581,12 @@ async def test_unknown_numbers_are_shown_as_unknown(browser: Browser) -> None:
             await page.goto(server.url("/", "http"))
             await expect(page.locator("#producer .state")).to_have_text("log in first")
             await shows_nothing(page, "Log in first.")
+            # As redis_server.py answers without Redis.
+            why = {"detail": "Redis is gone: try again later"}
+            await page.route("**/stats", lambda route: route.fulfill(status=503, json=why))
+            await page.reload()
+            await shows_nothing(page, "Redis is gone: try again later")
+            await expect(page.locator("#producer .state")).to_contain_text("Redis is gone: try again later")
             await page.close()
 
 

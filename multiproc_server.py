@@ -132,7 +132,7 @@ class Channel:
         # Set if the shared queue may have payloads. If not, the manager will wake us up.
         self.filled = asyncio.Event()
         self.filled.set()
-        self.line = asyncio.Lock()
+        self.line = asyncio.Lock()  # the line in which producers wait
         self.consumers = 0  # how many take turns
 
     def qsize(self) -> int:
@@ -376,16 +376,16 @@ def pass_on_signals(server: Multiprocess) -> None:
     """Run in a thread of the parent. uvicorn's own handlers finish a rolling restart first."""
     while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
         server.signal_queue.append(number)
-    stop(server)
+    stop_workers(server)
 
 
 def stop_with(manager_process: BaseProcess, server: Multiprocess) -> None:
     """Run in a thread of the parent. Stop the server if the manager's process dies."""
     manager_process.join()
-    stop(server)
+    stop_workers(server)
 
 
-def stop(server: Multiprocess) -> None:
+def stop_workers(server: Multiprocess) -> None:
     """Stop the workers, even while uvicorn waits for one of them to show that it is alive."""
     server.should_exit.set()
     for worker in server.processes:

@@ -297,7 +297,7 @@ class Partition:
         self.keys = (self.stream, self.changed, self.dead_letters)
         self.redis = connect(self.stream)
         self.reachable = True
-        self.line = asyncio.Lock()
+        self.line = asyncio.Lock()  # the line in which producers wait
         self.waiting = 0  # how many producers wait in line for space
         # The ids of the payloads that this worker's consumers have.
         self.mine: set[str] = set()

@@ -300,7 +300,7 @@ class Channel:
 
     def __init__(self) -> None:
         self.reachable = True
-        self.line = asyncio.Lock()
+        self.line = asyncio.Lock()  # the line in which producers wait
         self.waiting = 0  # how many producers wait in line for space
         # The consumers with room for a payload. The first in line gets the next one.
         self.with_room: deque[Unacknowledged] = deque()

@@ -42,7 +42,9 @@ from fastapi.exceptions import WebSocketException
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic_core import from_json
 from starlette.types import Message
-from uvicorn.supervisors import Multiprocess
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.importer import ImportFromStringError, import_from_string
+from uvicorn.supervisors import Multiprocess, multiprocess
 
 if sys.version_info < (3, 11):
     sys.exit("this needs Python 3.11 or later")
@@ -238,10 +240,11 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             wake_up.recv(100)
             channel.filled.set()
 
-        wake_up.bind(f"{address}-{secrets.token_hex(4)}")
+        wake_up.bind(str(Path(address).with_name(secrets.token_hex(4))))
         asyncio.get_running_loop().add_reader(wake_up, hear_manager)
         fetcher = asyncio.create_task(channel.fetch(wake_up.getsockname()))
-        yield  # until every endpoint has returned
+        with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+            yield  # until every endpoint has returned
         fetcher.cancel()
         channel.give_back()
 
@@ -372,26 +375,27 @@ def end_after_parent() -> None:
     os._exit(1)
 
 
+class Worker(multiprocess.Process):
+    """A worker as its parent sees it. uvicorn asks it twice a second whether it is alive."""
+
+    def start(self) -> None:
+        super().start()
+        # The worker has this end of the pipe, too. With both open, uvicorn would wait half a minute
+        # for the answer of a worker that has ended.
+        self.child_conn.close()
+
+
 def pass_on_signals(server: Multiprocess) -> None:
     """Run in a thread of the parent. uvicorn's own handlers finish a rolling restart first."""
     while (number := signal.sigwait(STOPPING)) == signal.SIGHUP:
         server.signal_queue.append(number)
-    stop_workers(server)
+    server.should_exit.set()
 
 
 def stop_with(manager_process: BaseProcess, server: Multiprocess) -> None:
     """Run in a thread of the parent. Stop the server if the manager's process dies."""
     manager_process.join()
-    stop_workers(server)
-
-
-def stop_workers(server: Multiprocess) -> None:
-    """Stop the workers, even while uvicorn waits for one of them to show that it is alive."""
     server.should_exit.set()
-    for worker in server.processes:
-        # A worker that has just ended would never answer, so answer for it.
-        with suppress(OSError):
-            worker.child_conn.send(True)
 
 
 def main() -> None:
@@ -402,6 +406,11 @@ def main() -> None:
     parser.add_argument("--ws", default="auto", metavar="MODULE:CLASS", help="protocol class")
     parser.add_argument("--ws-max-size", type=int, default=16 * MAX_PAYLOAD, metavar="BYTES")
     args = parser.parse_args()
+    try:
+        # In a worker, a wrong name would be an error again and again.
+        args.ws = args.ws if args.ws == "auto" else import_from_string(args.ws)
+    except ImportFromStringError as error:
+        parser.error(f"--ws: {error}")
     # Without this, a client with large cookies gets no answer, and makes Ctrl+C crash.
     os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
     # A new process inherits the blocked signals. Ctrl+C, systemd and a closed terminal signal every
@@ -425,6 +434,7 @@ def main() -> None:
         ws_per_message_deflate=False,
         **vars(args),
     )
+    multiprocess.Process = Worker  # type: ignore[misc]
     with manager, config.bind_socket() as listener:
         # asyncio does not set it on a socket that it did not make (Kludex/uvicorn#3149).
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -445,6 +455,8 @@ def main() -> None:
                 failure = f"a worker could not be started: {error}"
                 server.terminate_all()
                 server.join_all()
+            if any(worker.exitcode == STARTUP_FAILURE for worker in server.processes):
+                failure = "a worker failed to start"
         if process.exitcode is not None:
             sys.exit("the process that held the queue died, so the queue is lost")
         queue = manager.queue()  # type: ignore[attr-defined]

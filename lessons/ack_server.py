@@ -159,7 +159,8 @@ class Channel:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    yield  # until every endpoint has returned
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield  # until every endpoint has returned
     log.info("%d payloads were still queued", channel.qsize())
 
 

@@ -16,8 +16,8 @@ import os
 import secrets
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -129,7 +129,13 @@ class Router:
         return decorate
 
 
-app = FastAPI(title="Boards")
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield
+
+
+app = FastAPI(title="Boards", lifespan=lifespan)
 messages = Router(Note, Error)
 boards: dict[Board, deque[Note]] = {"news": deque(maxlen=100), "jobs": deque(maxlen=100)}
 

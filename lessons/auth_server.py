@@ -104,7 +104,8 @@ class Channel:
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     if not os.environ.get("SECRET_KEY"):
         log.warning("SECRET_KEY is not set: tokens are valid only until this process ends")
-    yield  # until every endpoint has returned
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield  # until every endpoint has returned
     log.info("%d payloads were still queued", channel.qsize())
 
 

@@ -14,7 +14,8 @@ import asyncio
 import logging
 import os
 import sys
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 # Raise the limit, or a client with large cookies gets no answer. websockets reads it on import.
 os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", "1000000")
@@ -50,7 +51,15 @@ NO_CODE = 1005
 NO_CLOSE_FRAME = 1006
 address = parse_uri(UPSTREAM)
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
-app = FastAPI()
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
 
 
 async def same_origin(websocket: WebSocket) -> None:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, MutableMapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import uvicorn
@@ -74,7 +74,13 @@ class Bucket:
             await asyncio.sleep(wait)
 
 
-app = FastAPI()
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
 connections: Counter[str] = Counter()  # by client
 failures: Counter[str] = Counter()  # by name, and by client
 

@@ -219,7 +219,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     if threading.current_thread() is threading.main_thread():  # only there is it allowed
         listen_to_signals()
     async with storage.connect():
-        yield  # until every endpoint has returned
+        with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+            yield  # until every endpoint has returned
         jobs = list(storage.jobs.values())
         for job in jobs:
             job.cancel()

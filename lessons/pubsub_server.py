@@ -144,7 +144,8 @@ class Subscriber:
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     async with broker.connect(receive):
-        yield
+        with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+            yield
 
 
 app = FastAPI(lifespan=lifespan)

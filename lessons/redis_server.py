@@ -567,7 +567,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, hang_up)
     await channel.start()
-    yield  # until every endpoint has returned
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield  # until every endpoint has returned
     await channel.stop()
 
 

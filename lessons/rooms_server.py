@@ -136,7 +136,8 @@ class Rooms(dict[str, Room]):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    yield  # until every endpoint has returned
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield  # until every endpoint has returned
     log.info("%d payloads were still queued", sum(room.qsize() for room in rooms.values()))
 
 

@@ -14,8 +14,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import uvicorn
@@ -120,7 +120,13 @@ class Client:
             self.endpoint.cancel()
 
 
-app = FastAPI()
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    with suppress(asyncio.CancelledError):  # raised here if Ctrl+C is pressed twice
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
 messages = Router()
 clients: set[Client] = set()
 

@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.kit.commands import uvicorn_command
 from tests.kit.redis import shared_redis
 from tests.kit.root import ROOT
 from tests.kit.servers import running, tracebacks
+from tests.kit.waiting import wait_for
 
 LESSONS = [path for path in (ROOT / "lessons").glob("*.py") if path.stem != "test_your_copy"]
 FILES = sorted([*ROOT.glob("*.py"), *LESSONS])
@@ -67,6 +69,18 @@ def test_a_copied_server_says_what_it_is(name: str, tmp_path: Path) -> None:
         assert tracebacks(server.log) == 0
 
 
+@pytest.mark.parametrize("name", [file.stem for file in FILES if "def lifespan" in file.read_text()])
+def test_ctrl_c_pressed_twice_ends_a_server_without_a_traceback(name: str, tmp_path: Path) -> None:
+    """By default, Starlette would log how uvicorn cancels its lifespan."""
+    with running(copied(name, tmp_path), env={"REDIS_URL": shared_redis().url()}) as server:
+        wait_for(lambda: "Application startup complete" in server.log, "the first process to start")
+        server.interrupt()
+        time.sleep(0.01)  # or the system might send the two as one
+        server.interrupt()
+        assert server.ends_within(5) is not None
+        assert tracebacks(server.log) == 0, server.log
+
+
 def test_an_old_python_is_refused_in_one_line() -> None:
     """Python 3.10 has no asyncio.TaskGroup, and without this check only consumers would notice."""
     command = [sys.executable, "-c", ON_OLD_PYTHON, str(ROOT), *map(str, FILES)]
@@ -117,7 +131,7 @@ TEXTS = {
     "find_node": 2,
     "handle": 2,
     "index": 6,
-    "lifespan": 7,
+    "lifespan": 8,
     "log_in": 2,
     "post": 2,
     "producer": 7,

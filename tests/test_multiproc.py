@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -407,6 +408,35 @@ def test_a_worker_may_take_more_than_five_seconds_to_start(tmp_path: Path) -> No
     with starting([sys.executable, str(slow), "--workers", "1", "--port"]) as server:
         wait_for(lambda: serving(server, 1) or "died" in server.log, "the worker", 6 * TIMEOUT)
         assert "died" not in server.log
+
+
+def test_a_worker_that_fails_to_start_ends_the_server_with_an_error(tmp_path: Path) -> None:
+    """uvicorn's parent alone would end with exit code 0."""
+    broken = tmp_path / "multiproc_server.py"
+    source = (ROOT / "multiproc_server.py").read_text()
+    broken.write_text(source.replace("    watch_parent()\n", "    raise OSError(28, 'full')\n"))
+    with starting([sys.executable, str(broken), "--workers", "2", "--port"]) as server:
+        assert server.ends_within(15) is not None, server.log
+        assert server.process.returncode == 1
+        assert server.log.splitlines()[-1] == "a worker failed to start"
+
+
+def test_the_folder_for_temporary_files_may_have_a_long_name() -> None:
+    """Up to where the manager's own socket, /pymp-12345678/listener-12345678 there, has 107 bytes."""
+    folder = Path(f"/tmp/{'x' * 70}")
+    folder.mkdir(exist_ok=True)
+    try:
+        with running(COMMAND, env={"TMPDIR": str(folder)}) as server:
+            wait_for(lambda: serving(server, 2), "both workers")
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_wrong_protocol_class_is_refused_in_one_line() -> None:
+    with starting([*COMMAND[:-1], "--ws", "nonsense:Protocol", "--port"]) as server:
+        assert server.ends_within(15) is not None, server.log
+        assert server.process.returncode == 2
+        assert server.log.splitlines()[-1].endswith('error: --ws: Could not import module "nonsense".')
 
 
 async def test_nohup_keeps_the_server_running() -> None:

@@ -241,8 +241,8 @@ def test_every_step_has_a_check() -> None:
     ],
 )
 def test_a_step_is_a_small_diff(old: str, new: str) -> None:
-    """At most forty lines change below the docstring, blank lines included."""
-    assert 0 < len(changes(old, new)) <= 40
+    """At most 42 lines change below the docstring, blank lines included."""
+    assert 0 < len(changes(old, new)) <= 42
 
 
 def test_the_last_step_is_server_py_without_its_conveniences() -> None:

@@ -5,8 +5,9 @@
 """Print the payloads that the server sends, one per line: python ws_consumer_client.py | jq .value
 
 Payloads go to standard output, and everything else to standard error. If the server goes away,
-this client waits for it. If this client ends, payloads on their way to it are lost, unless the
-server takes acknowledgements (--ack).
+this client waits for it, unless the server has closed the connection normally (with 1000). If
+this client ends, payloads on their way to it are lost, unless the server takes acknowledgements
+(--ack).
 """
 
 import argparse
@@ -24,7 +25,9 @@ if sys.version_info < (3, 11):
 
 MAX_PAUSE = 8  # seconds between a connection that was closed and the next
 LOCAL = ("localhost", "127.0.0.1", "::1")
-POLICY_VIOLATION = 1008  # the close code of a server that refuses us (RFC 6455)
+# Close codes (RFC 6455)
+NORMAL_CLOSURE = 1000  # the server has no more payloads
+POLICY_VIOLATION = 1008  # the server refuses us
 
 
 def give_up(error: Exception) -> Exception:
@@ -79,6 +82,8 @@ async def consume(url: str, token: str | None, count: int, ack: bool) -> str | N
             pass
         finally:
             await websocket.close()
+        if websocket.close_code == NORMAL_CLOSURE:
+            return None
         reason = websocket.close_reason or "the server went away"
         closed = f"closed with {websocket.close_code}: {reason}"
         if websocket.close_code == POLICY_VIOLATION:

@@ -2,7 +2,7 @@
 
     pip install -r bench/requirements.txt
     python bench/bench.py                      all of it, in less than six minutes, to bench/results.json
-    python bench/bench.py latency server.py    some works or servers only, by name; shown, not saved
+    python bench/bench.py latency server.py    some workloads or servers only, by name; shown, not saved
     python bench/bench.py --readme             write bench/README.md and bench/plot.svg from results.json
 
 CPU is the main figure: unlike time, it is the server's own, over all its processes, whatever else runs. But
@@ -264,7 +264,7 @@ def main(
 ) -> int:
     """Measure, or `write` what is saved to a README. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Measure what a payload costs each server.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="works or servers, instead of all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workloads or servers, instead of all")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds ({ROUNDS})")
     parser.add_argument("--scale", type=float, default=1, metavar="X", help="part of the payloads (1)")
     parser.add_argument("--peers", action="store_true", help="other packages too; see requirements-peers.txt")

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["fastapi>=0.140.12", "redis[hiredis]>=6", "uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Keep what was sent over restarts, for all workers and machines: log_server.py over Redis Streams.
+"""Keep what was sent across restarts, for all workers and machines: log_server.py over Redis.
 
 It differs from log_server.py in the class Storage and its configuration. Run `redis-server`, then
 `uvicorn lessons.log_redis_server:app --workers 4`, and connect as with log_server.py. A consumer

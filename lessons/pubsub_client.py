@@ -49,7 +49,7 @@ class PubSubClient:
 
     def __init__(self, url: str, token: str | None = None) -> None:
         self.id = ""  # of this connection; others can send() to it
-        self.on_direct: Callback = log.info  # gets what others send() to our id
+        self.on_direct: Callback = log.info  # gets what others send() to our id, or to everyone
         self.on_error: Callable[[str], object] = log.error  # gets the reason of a refusal
         self._url = url
         self._token = token

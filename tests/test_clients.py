@@ -353,6 +353,20 @@ async def test_ack_answers_each_payload(start: Start, options: list[str], answer
     assert consumer.lines == ["1", "2", "3"]
 
 
+async def test_the_consumer_ends_when_the_server_has_no_more_payloads(start: Start) -> None:
+    """After a close with 1000, connecting again could print the same payloads once more."""
+
+    async def finite(websocket: ServerConnection) -> None:
+        await websocket.send("1")
+        await websocket.close(1000)
+
+    async with fake(finite) as url:
+        consumer = start(url + CONSUMER)
+        assert await consumer.ends() == 0
+    assert consumer.lines == ["1"]
+    assert consumer.err == ""
+
+
 # Both
 
 

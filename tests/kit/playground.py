@@ -1,4 +1,4 @@
-"""Open web/playground.html in a browser, and use it."""
+"""Open web/index.html in a browser, and use it."""
 
 import re
 from collections.abc import AsyncIterator

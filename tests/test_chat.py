@@ -553,8 +553,10 @@ async def test_the_page_works_by_keyboard(party: Party) -> None:
     await page.keyboard.type("by keyboard")
     await page.keyboard.press("Enter")
     await expect(ann.said).to_have_text(["by keyboard"])
-    # The rooms of other tests are forgotten. If one were forgotten below, there would be fewer controls.
-    await expect(ann.rooms).to_have_text([f"{party.room}! 1", f"{party.room} 1"])
+    # The page forgets the rooms of other tests after 13 seconds. If it forgot one below, there would be fewer
+    # controls.
+    rooms = [f"{party.room}! 1", f"{party.room} 1"]
+    await expect(ann.rooms).to_have_text(rooms, timeout=2 * TIMEOUT * 1000)
     for control in await page.locator(CONTROLS).all():
         await expect(control).to_have_accessible_name(re.compile(r"\w"))
     await page.get_by_label("Your name").focus()

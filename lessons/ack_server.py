@@ -39,8 +39,8 @@ TIMEOUT = 1  # seconds to wait for space in the queue, and for a close frame to 
 MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BURST = 32  # payloads that a consumer takes in one turn, at most
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
-# Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
-# connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
+# Close codes that are not failures: the consumer said goodbye, or uvicorn is stopping (1012). If
+# the connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
 ON_PURPOSE = (1000, 1001, 1012)
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
 SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 
 class Unacknowledged:
-    """The payloads that a consumer has and did not acknowledge yet, oldest first."""
+    """A consumer's unacknowledged payloads, oldest first."""
 
     def __init__(self, prefetch: int) -> None:
         self.entries: deque[Entry] = deque()
@@ -237,7 +237,7 @@ async def watch(unacknowledged: Unacknowledged) -> None:
     # Setting a timer for each payload would cost a tenth more, so look from time to time.
     while time.monotonic() - unacknowledged.sending_since < SEND_TIMEOUT:
         await asyncio.sleep(SEND_TIMEOUT / 10)
-    raise WebSocketException(1013, f"the consumer has read nothing for {SEND_TIMEOUT} seconds")
+    raise WebSocketException(1013, f"sending a payload took longer than {SEND_TIMEOUT} seconds")
 
 
 async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:

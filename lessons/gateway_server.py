@@ -147,7 +147,8 @@ async def to_upstream(websocket: WebSocket, upstream: ClientConnection) -> None:
     code = message["code"]
     reason = message.get("reason") or ""
     if code in (NO_CODE, NO_CLOSE_FRAME):
-        code = 1001
+        # Not 1001, because ack_server.py takes that for a goodbye, and the client may have crashed.
+        code = 1011
         reason = "the client went away"
     await upstream.close(code, reason)
 

@@ -51,8 +51,8 @@ MAX_PAYLOAD = 1024 * 1024  # bytes of UTF-8
 BATCH = 256  # payloads that one call brings to Redis or takes from it
 SHARE = 8  # payloads that a producer may queue at once if others wait for space, too
 MAX_DELIVERIES = 5  # consumers that may fail on a payload before it is set aside
-# Close codes that are no failure: the consumer said goodbye, or uvicorn is stopping (1012). If the
-# connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
+# Close codes that are not failures: the consumer said goodbye, or uvicorn is stopping (1012). If
+# the connection broke, uvicorn reports 1005, as if there had been a close frame without a code.
 ON_PURPOSE = (1000, 1001, 1012)
 MAX_PREFETCH = 1000  # payloads that a consumer may have before it acknowledges the first one
 SEND_TIMEOUT = 40  # seconds to wait for a consumer that does not read
@@ -72,7 +72,7 @@ WORKER = secrets.token_hex(8)
 GONE = (WebSocketDisconnect, RuntimeError)  # raised by sending to a client that has left
 # Raised by calls to Redis: OSError, or RuntimeError from uvloop, if the connection has just closed.
 FAILED = (RedisError, OSError, RuntimeError)
-# What a Redis says that has become a replica, or a node of a cluster that has lost the queue.
+# Errors of a Redis that has become a replica, or of a cluster's node that no longer has the queue.
 ELSEWHERE = "read only replica|MOVED|cluster is down|slot not served"
 Prefetch = Annotated[int, Query(ge=1, le=MAX_PREFETCH)]
 log = logging.getLogger("uvicorn.error")  # uvicorn prints what this logger gets
@@ -108,7 +108,7 @@ end
 return waiting
 """
 # Payloads that came back go first. They are older than all that no worker has had. XCLAIM would
-# count each redelivery, but only failures are to count.
+# count each redelivery, but only failures should count.
 TAKE = """
 local stream, group, worker = KEYS[1], ARGV[1], ARGV[2]
 local returned, most = ARGV[3], tonumber(ARGV[4])
@@ -194,7 +194,7 @@ end
 
 
 class Unacknowledged:
-    """The payloads that a consumer has and did not acknowledge yet, oldest first."""
+    """A consumer's unacknowledged payloads, oldest first."""
 
     def __init__(self, prefetch: int) -> None:
         self.payloads: deque[str] = deque()  # their ids in Redis
@@ -307,8 +307,8 @@ class Channel:
         self.wake = asyncio.Event()
         # The ids of the payloads that this worker's consumers have.
         self.mine: set[str] = set()
-        # The ids of payloads of which Redis does not know yet that they were acknowledged, that a
-        # consumer failed on them, or that they were returned.
+        # Not yet reported to Redis: the ids of payloads that were acknowledged, on which a consumer
+        # failed, or that were returned.
         self.acknowledged: list[str] = []
         self.failed: list[str] = []
         self.returned: list[str] = []
@@ -391,7 +391,7 @@ class Channel:
     def acknowledge(self, unacknowledged: Unacknowledged) -> None:
         """Forget a consumer's oldest payload, and let it have another one."""
         payload_id = unacknowledged.payloads.popleft()
-        # After a failover, a payload may have been sent to two consumers, and be here no more.
+        # After a failover, two consumers may have the payload. Only the first ack finds it in here.
         self.mine.discard(payload_id)
         self.acknowledged.append(payload_id)
         self.news.set()
@@ -492,7 +492,7 @@ class Channel:
     async def claim(self) -> None:
         """Renew this worker's claims, and give back what dead workers had."""
         while True:
-            # Renew first: after a long time without Redis, all claims look like those of the dead.
+            # Renew first: after a long time without Redis, this worker's claims look abandoned.
             if self.mine:
                 await self.call(self.redis.eval(RENEW, 1, STREAM, GROUP, WORKER, *self.mine))
             await asyncio.sleep(CLAIM_AFTER / 3)
@@ -671,7 +671,7 @@ async def watch(unacknowledged: Unacknowledged) -> None:
     # Setting a timer for each payload would cost a tenth more, so look from time to time.
     while time.monotonic() - unacknowledged.sending_since < SEND_TIMEOUT:
         await asyncio.sleep(SEND_TIMEOUT / 10)
-    raise WebSocketException(1013, f"the consumer has read nothing for {SEND_TIMEOUT} seconds")
+    raise WebSocketException(1013, f"sending a payload took longer than {SEND_TIMEOUT} seconds")
 
 
 async def receive_acks(websocket: WebSocket, unacknowledged: Unacknowledged) -> None:

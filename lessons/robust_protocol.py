@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["uvicorn>=0.53", "websockets>=17.0"]
 # ///
-"""Keep one client from harming the others: uvicorn's websocket protocol, seven faults corrected.
+"""Keep one client from harming the others: uvicorn's websocket protocol without its worst faults.
 
 Use it with any app, in one of three ways:
 
@@ -11,7 +11,7 @@ Use it with any app, in one of three ways:
     uvicorn.run(app, ws=Protocol)
 
 Without it, one client that sends a large handshake makes Ctrl+C crash: other clients are not told,
-and the end of the app's lifespan does not run. The class overrides public methods of uvicorn's
+and the app's lifespan is cancelled at its `yield`. The class overrides public methods of uvicorn's
 `WebSocketsSansIOProtocol`, which is what `--ws auto` means. Delivery guarantees stay as they are.
 """
 

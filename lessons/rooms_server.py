@@ -178,7 +178,7 @@ def validate(payload: str | None) -> str:
 
 
 async def check_name(room: str) -> None:
-    """Refuse the handshake with 404 if this is no name for a room."""
+    """Refuse the handshake with 404 if this is not a valid name for a room."""
     if not NAME.fullmatch(room):
         raise HTTPException(404, "a room's name has 1 to 64 letters, digits, '-', '_' or '.'")
 

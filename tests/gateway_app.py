@@ -58,6 +58,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/")
 @app.get("/stats")
+@app.get("/dead")
 def page(request: Request) -> Response:
     return ask(request.url.path)
 

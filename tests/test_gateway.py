@@ -602,12 +602,12 @@ async def close_without_a_code(websocket: ClientConnection) -> None:
     "way", [vanish, reset, half_a_frame, close_without_a_code], ids=lambda way: way.__name__
 )
 async def test_if_the_client_dies_the_upstream_is_told(gateway: Server, way: Way) -> None:
-    """It gets 1001, since 1005 and 1006 must not be sent, even in the middle of a frame."""
+    """It gets 1011, since 1005 and 1006 must not be sent, even in the middle of a frame."""
     told = Told()
     async with upstream(told):
         async with client(gateway, "/ws/x") as websocket:
             await way(websocket)
-        assert await told.end() == (1001, "the client went away")
+        assert await told.end() == (1011, "the client went away")
 
 
 async def test_an_upstream_that_answers_no_close_frame_is_let_go(gateway: Server) -> None:

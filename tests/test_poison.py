@@ -56,7 +56,7 @@ async def crash(server: Server, leave: Leave, expected: str, prefetch: int = 1) 
     await until(lambda: server.queued() + server.stats()["dead"] == before, "the payload to come back")
 
 
-@acking
+@pytest.mark.parametrize("command", [*ACKING, "gateway_server.py"], indirect=True)
 @pytest.mark.parametrize("leave", [vanish, reset, fail, send_nonsense])
 async def test_a_payload_that_crashes_every_consumer_is_set_aside(server: Server, leave: Leave) -> None:
     """After MAX_DELIVERIES deliveries, the next consumer gets the payload behind it."""

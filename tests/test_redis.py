@@ -749,6 +749,7 @@ async def test_a_worker_that_dies_while_redis_is_away_is_replaced(broker: Redis,
         workers(server)[0].kill()
         await until(lambda: serving(server) == 3, "a new worker")
         broker.start()
+        await until(lambda: server.get("/stats")[0] == 200, "both workers to reach Redis")
         payloads = numbered(10)
         await produce(server, payloads)
         async with consumer(server) as taker:

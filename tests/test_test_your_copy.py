@@ -17,9 +17,9 @@ def run(app: str, folder: Path) -> tuple[int, set[str], str]:
     """Run the lesson against an app. Returns the exit code, the tests that failed, and the output."""
     copy = folder / "test_your_copy.py"
     lesson = LESSON.replace('APP = "server:app"', f'APP = "{app}"')
-    if app == "server:app":  # which takes long to start if the machine is busy
-        assert "    end = time.monotonic() + DEADLINE\n" in lesson
-        lesson = lesson.replace("time.monotonic() + DEADLINE", "time.monotonic() + 12 * DEADLINE")
+    if app == "server:app":  # which takes longer if the machine is busy
+        assert "    end = time.monotonic() + seconds\n" in lesson
+        lesson = lesson.replace("time.monotonic() + seconds", "time.monotonic() + 12 * seconds")
     copy.write_text(lesson)
     command = [sys.executable, "-m", "pytest", str(copy), "--rootdir", str(folder), "-c", "/dev/null", "-rfE"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

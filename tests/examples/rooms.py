@@ -34,8 +34,8 @@ async def consume(name: str, handle: Callable[[str], Awaitable[object]]) -> None
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with rooms_server.lifespan(app):
-        task = asyncio.create_task(consume("questions", answer))
+    async with rooms_server.lifespan(app), asyncio.TaskGroup() as group:
+        task = group.create_task(consume("questions", answer))
         yield
         task.cancel()
 

@@ -789,7 +789,13 @@ async def test_chaos_neither_loses_nor_duplicates_payloads(server: Server, seed:
                         way = rng.choice([close, *ways_to_die]) if server.acks else close
                         group.create_task(leave(rng.choice(list(takers)), way))
                     await asyncio.sleep(rng.uniform(0, 0.01))
-            await until(all_arrived, "all payloads to arrive")
+            try:
+                await until(all_arrived, "all payloads to arrive")
+            except AssertionError as error:
+                missing, unknown = set(sent) - received.keys(), received.keys() - set(sent)
+                found = [sorted(payload[:9] for payload in payloads) for payloads in (missing, unknown)]
+                error.add_note(f"missing: {found[0]}, unknown: {found[1]}, stats: {server.stats()}")
+                raise
             dying = rng.sample(list(takers), k=len(takers) * 2 // 3)
             sockets = sockets_of(server, dying)
             for websocket in dying:

@@ -196,7 +196,7 @@ async def forward(websocket: WebSocket, path: str) -> None:
     try:
         upstream = opening.result()
     except InvalidStatus as error:
-        # The upstream's own answer, such as 401. The client must not take a redirect for one.
+        # Pass on the upstream's own answer, such as 401. In place of a redirect, answer 502.
         status = error.response.status_code
         reason = error.response.body.decode(errors="replace")
         return await refuse(websocket, status if status >= 400 else 502, reason)

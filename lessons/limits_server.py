@@ -151,7 +151,8 @@ async def limit_logins(
     loop = asyncio.get_running_loop()
     forget = loop.call_later(LOGIN_WINDOW, release, failures, keys)
     yield
-    # The endpoint has raised no exception, so the login has succeeded. It may be forgotten already.
+    # The endpoint has raised no exception, so the login has succeeded. Take the count back, unless
+    # the timer has done that already.
     if loop.time() < forget.when():
         forget.cancel()
         release(failures, keys)

@@ -10,8 +10,8 @@ Use it with any app, in one of three ways:
     UVICORN_WS=lessons.robust_protocol:Protocol uvicorn server:app
     uvicorn.run(app, ws=Protocol)
 
-Without it, one client that sends a large handshake makes Ctrl+C crash: other clients are not told,
-and the app's lifespan is cancelled at its `yield`. The class overrides public methods of uvicorn's
+Without it, one client that sends a large handshake makes Ctrl+C crash: other clients get no close
+frame, and the app's lifespan is cancelled at its `yield`. The class overrides methods of uvicorn's
 `WebSocketsSansIOProtocol`, which is what `--ws auto` means. Delivery guarantees stay as they are.
 """
 
@@ -37,8 +37,8 @@ class Protocol(WebSocketsSansIOProtocol):
         # After a protocol error, discard what the client still sends.
         if self.conn.parser_exc:
             return
-        # A client must wait for the answer to its handshake (RFC 6455, section 4.1). What it sends
-        # before that makes uvicorn log a traceback, if it is junk.
+        # A client must wait for the answer to its handshake (RFC 6455, section 4.1). If it sends
+        # junk before that, uvicorn logs a traceback, so close the connection if it sends anything.
         if self.handshake_initiated and not self.handshake_complete:
             self.transport.abort()
             return

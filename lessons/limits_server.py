@@ -66,12 +66,12 @@ class Bucket:
             self.delay = 0.0
         self.tokens -= 1
         if self.tokens < 0:
-            wait = -self.tokens / RATE
-            self.delay += wait
             if self.delay > MAX_DELAY:
                 raise WebSocketException(1008, f"more than {RATE} payloads a second")
             # Meanwhile the server does not read, so TCP slows the client down.
-            await asyncio.sleep(wait)
+            await asyncio.sleep(-self.tokens / RATE)
+            # Count the time that has passed: a sleep takes longer than it should.
+            self.delay += time.monotonic() - now
 
 
 @asynccontextmanager

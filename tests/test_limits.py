@@ -203,17 +203,27 @@ async def test_a_producer_that_sends_too_much_waits_and_then_is_closed(low: Serv
 async def test_a_pause_fills_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a second without payloads, a client may send too many again, with no delay held against it."""
     now = 100.0
+
+    async def sleep(_: float) -> None:
+        """Take 20 ms: a real sleep takes longer than the millisecond that it should."""
+        nonlocal now
+        now += 0.02
+
     monkeypatch.setattr(limits_server, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(limits_server, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(limits_server, "MAX_DELAY", 0.06)
     bucket = limits_server.Bucket()
     for _ in range(3):
-        for _ in range(limits_server.RATE + 9):  # the last ones wait for 45 ms in all
-            await bucket.take()
         now += 1.01
-    now -= 1.01
-    await bucket.take()
+        for _ in range(limits_server.RATE + 30):  # the last ones wait for 40 ms in all
+            await bucket.take()
+
+    async def take_more() -> None:
+        for _ in range(100):
+            await bucket.take()
+
     with pytest.raises(WebSocketException, match="more than 1000 payloads a second"):
-        await bucket.take()
+        await take_more()
 
 
 async def test_a_bad_payload_is_refused(low: Server) -> None:

@@ -415,8 +415,7 @@ async def test_ctrl_c_ends_the_server_while_logins_wait() -> None:
         assert tracebacks(server.log) == 0
 
 
-@pytest.mark.parametrize(("field", "status"), [("password", 401), ("grant_type", 422)])
-async def test_a_login_that_is_not_unicode_is_refused(door: Server, field: str, status: int) -> None:
+def check_a_login_that_is_not_unicode(door: Server, field: str, status: int) -> None:
     """A form names its own encoding, and in UTF-7 there are halves of surrogate pairs."""
     mark = len(door.log)
     part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n+2AA-\r\n'
@@ -426,6 +425,18 @@ async def test_a_login_that_is_not_unicode_is_refused(door: Server, field: str, 
         connection.request("POST", "/token", form, kind)
         assert connection.getresponse().status == status
     assert tracebacks(door.log[mark:]) == 0
+
+
+@pytest.mark.parametrize(("field", "status"), [("password", 401), ("grant_type", 422)])
+async def test_a_login_that_is_not_unicode_is_refused(door: Server, field: str, status: int) -> None:
+    check_a_login_that_is_not_unicode(door, field, status)
+
+
+@pytest.mark.parametrize("example", ["auth_limits", "auth_pubsub"])
+async def test_examples_refuse_a_login_that_is_not_unicode(example: str) -> None:
+    """They add auth_server.py's routes to an app of their own, which needs its exception handlers, too."""
+    with running(uvicorn_command(f"tests.examples.{example}:app")) as server:
+        check_a_login_that_is_not_unicode(server, "grant_type", 422)
 
 
 # The naive server

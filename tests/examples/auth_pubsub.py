@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Security, WebSocketException
+from fastapi.exceptions import RequestValidationError
 
 from lessons import auth_server, pubsub_server
 
@@ -25,6 +26,7 @@ async def session(
 app = FastAPI()
 app.add_middleware(auth_server.refuse_if_cancelled)
 app.exception_handler(WebSocketException)(auth_server.close)
+app.exception_handler(RequestValidationError)(auth_server.unprocessable)
 app.post("/token")(auth_server.log_in)
 members = [Security(session, scopes=["produce", "consume"])]
 app.include_router(pubsub_server.app.router, dependencies=members)

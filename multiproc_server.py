@@ -406,6 +406,8 @@ def main() -> None:
     parser.add_argument("--ws", default="auto", metavar="MODULE:CLASS", help="protocol class")
     parser.add_argument("--ws-max-size", type=int, default=16 * MAX_PAYLOAD, metavar="BYTES")
     args = parser.parse_args()
+    if args.workers < 1 or not 0 <= args.port <= 65535:
+        parser.error("--workers must be at least 1, and --port a number from 0 to 65535")
     try:
         # In a worker, a wrong name would be an error again and again.
         args.ws = args.ws if args.ws == "auto" else import_from_string(args.ws)

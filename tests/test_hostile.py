@@ -328,11 +328,11 @@ async def test_producers_that_are_sending_see_no_reset_at_a_shutdown(fresh: Serv
 
 
 async def lost_by_a_busy_consumer(server: Server, **options: object) -> int:
-    """3,000 payloads come to a consumer that works 1 ms on each and connects again when closed.
+    """1,500 payloads come to a consumer that works 1 ms on each and connects again when closed.
 
     Returns how many never arrive.
     """
-    payloads = numbered(3000, 60)
+    payloads = numbered(1500, 60)
     received: set[str] = set()
 
     async def work() -> None:
@@ -341,7 +341,7 @@ async def lost_by_a_busy_consumer(server: Server, **options: object) -> int:
                 with suppress(ConnectionClosed):
                     while True:
                         received.add(await taker.payload())
-                        await asyncio.sleep(0.001)
+                        await asyncio.sleep(0.001 * SLOWNESS)
 
     working = asyncio.create_task(work())
     for start in range(0, len(payloads), 500):

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -437,6 +438,14 @@ def test_a_wrong_protocol_class_is_refused_in_one_line() -> None:
         assert server.ends_within(15) is not None, server.log
         assert server.process.returncode == 2
         assert server.log.splitlines()[-1].endswith('error: --ws: Could not import module "nonsense".')
+
+
+@pytest.mark.parametrize("options", [["--workers", "0"], ["--port", "65536"], ["--port", "-1"]])
+def test_a_number_that_makes_no_sense_is_refused_in_one_line(options: list[str]) -> None:
+    command = [sys.executable, "multiproc_server.py", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("and --port a number from 0 to 65535")
 
 
 async def test_nohup_keeps_the_server_running() -> None:

@@ -332,7 +332,8 @@ async def lost_by_a_busy_consumer(server: Server, **options: object) -> int:
 
     Returns how many never arrive.
     """
-    payloads = numbered(1500, 60)
+    # Large enough, because asyncio reads up to 256 KiB at once, and websockets looks for a pong in all of it.
+    payloads = numbered(1500, 1000)
     received: set[str] = set()
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""What README.md says about using server.py in an app of your own."""
+"""What the pages say about using server.py and rooms_server.py in an app of your own."""
 
 import asyncio
 from contextlib import suppress
@@ -7,7 +7,8 @@ import pytest
 from websockets.asyncio.client import connect
 
 import server
-from tests.examples import in_app
+from lessons import rooms_server
+from tests.examples import in_app, rooms
 from tests.kit.clients import CONNECTING, receive
 from tests.kit.commands import uvicorn_command
 from tests.kit.servers import running, tracebacks
@@ -69,3 +70,21 @@ async def test_an_app_that_fails_to_save_a_payload_gets_it_again(
     consuming.cancel()
     with suppress(asyncio.CancelledError):
         await consuming
+
+
+async def test_a_payload_that_a_task_was_working_on_counts_as_still_queued(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    working = asyncio.Event()
+
+    async def answer(payload: str) -> None:
+        working.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(rooms, "answer", answer)
+    caplog.set_level("INFO", "uvicorn.error")
+    async with rooms.lifespan(rooms.app):
+        await rooms_server.rooms["questions"].put("1")
+        await working.wait()
+    assert caplog.messages == ["1 payloads were still queued"]
+    rooms_server.rooms.clear()

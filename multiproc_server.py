@@ -402,7 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Forward one websocket to another.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--ws", default="auto", metavar="MODULE:CLASS", help="protocol class")
     parser.add_argument("--ws-max-size", type=int, default=16 * MAX_PAYLOAD, metavar="BYTES")
     args = parser.parse_args()
